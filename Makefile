@@ -1,0 +1,63 @@
+# Each target sets up what it needs. The first one run makes .venv (a minute and a network); later ones need neither.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# Debian packages that tests need beside Python; installed by root only, and only when missing.
+DEBIAN_PACKAGES :=
+# For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
+PYTEST_ARGS ?=
+export PYTHON
+
+.PHONY: help demo test check bench soak lowest packages clean
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+$(INSTALLED): pyproject.toml .ci/venv
+	@.ci/venv $(VENV) daemon,cli,test
+	@touch $@
+
+packages:
+	@.ci/apt $(DEBIAN_PACKAGES)
+
+demo: $(INSTALLED) ## eight tasks, one repo, one download: see it work in two minutes
+	@$(BIN)/python -m examples.demo
+
+check: $(INSTALLED) ## ruff, mypy, Python 3.9 in the SDK, the layers
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --target=3.9- --violations sdk
+	$(BIN)/python -m pytest -q -p no:cacheprovider --no-header tests/test_layers.py tests/test_style.py
+
+test: $(INSTALLED) packages ## everything but the soak tests
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --target=3.9- --violations sdk
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# pytest's exit status 5 is "no tests": there may be none of that kind yet.
+soak: $(INSTALLED) packages ## the tests that take minutes
+	$(BIN)/python -m pytest -m soak --timeout 900 $(PYTEST_ARGS) || [ $$? = 5 ]
+
+bench: $(INSTALLED) ## ours against the peers, side by side
+	$(BIN)/python -m benchmarks.run
+
+lowest: $(VENV)-lowest/installed packages ## the quick tests with the lowest versions that pyproject.toml allows
+	$(VENV)-lowest/bin/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
+
+$(VENV)-lowest/installed: pyproject.toml .ci/venv .ci/lowest
+	@mkdir -p $(@D)-constraints
+	@python3 .ci/lowest > $(@D)-constraints/lowest.txt
+	@.ci/venv $(@D) daemon,cli,test $(@D)-constraints/lowest.txt
+	@touch $@
+
+clean: ## removes what the other targets made
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lowest-constraints build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -prune -exec rm -rf {} +

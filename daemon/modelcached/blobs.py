@@ -1,0 +1,150 @@
+"""Blobs: immutable bytes named by their SHA-256. A name here is complete, verified and read-only, and never changes (I1).
+
+There is no index: existence is a stat. What lies is moved to quarantine/ and counts as missing (I10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import durable
+from .errors import disk_errors
+from .layout import Layout
+from .model import Digest, is_digest
+from .tasks import Pool
+
+SYNC_THREADS = 8  # fsyncs of a batch in flight: they wait for the disk, not for a core
+BATCH_FILES = 512
+HASH_BYTES = 1 << 20
+
+
+class Blobs:
+    def __init__(self, layout: Layout, pool: Pool, group: asyncio.TaskGroup) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._group = group
+        self._syncing = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
+        self._queue: list[tuple[bytes, Digest, asyncio.Future[None]]] = []  # small blobs that wait for the running batch to end
+        self._publishing = False
+        self.quarantined = 0
+
+    def has(self, digest: Digest, size: int) -> bool:
+        """Whether the blob is here and looks as it was published. One stat: may be called on the loop."""
+        try:
+            found = os.stat(self._layout.blob(digest))
+        except FileNotFoundError:
+            return False
+        return found.st_size == size and found.st_mtime_ns == durable.MTIME_NS
+
+    def path(self, digest: Digest, executable: bool = False) -> Path:
+        return self._layout.blob(digest, executable)
+
+    async def adopt(self, source: Path, digest: Digest) -> None:
+        """Publishes a complete, verified private file; `source` is gone afterwards."""
+        staged = durable.Staged(source, self._layout.blob(digest))
+        with disk_errors(f"publishing {digest[:12]}"):
+            await self._pool.run(durable.publish, [staged], self._syncing.map)
+
+    async def add(self, data: bytes, digest: Digest) -> None:
+        """Publishes small verified bytes. Calls that come while a batch is being synced make up the next one."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((data, digest, done))
+        if not self._publishing:
+            self._publishing = True
+            self._group.create_task(self._publish_queue())
+        await asyncio.shield(done)
+
+    async def _publish_queue(self) -> None:
+        try:
+            while self._queue:
+                batch, self._queue = self._queue[:BATCH_FILES], self._queue[BATCH_FILES:]
+                await self._publish_batch(batch)
+        finally:
+            self._publishing = False
+            for *_, done in self._queue:
+                done.cancel()
+
+    async def _publish_batch(self, batch: list[tuple[bytes, Digest, asyncio.Future[None]]]) -> None:
+        try:
+            with disk_errors("publishing small files"):
+                await self._pool.run(self._write_batch, {digest: data for data, digest, _ in batch})
+        except Exception as error:
+            for *_, done in batch:
+                if not done.done():
+                    done.set_exception(error)
+                    done.exception()  # retrieved: the caller may have left
+        else:
+            for *_, done in batch:
+                if not done.done():
+                    done.set_result(None)
+
+    def _write_batch(self, batch: dict[Digest, bytes]) -> None:
+        staged = []
+        try:
+            for digest, data in batch.items():
+                source = self._layout.fresh("blob")
+                staged.append(durable.Staged(source, self._layout.blob(digest)))
+                source.write_bytes(data)
+        except BaseException:
+            for file in staged:
+                file.source.unlink(missing_ok=True)
+            raise
+        durable.publish(staged, self._syncing.map)
+
+    def check(self, digest: Digest) -> bool:
+        """Re-hashes a blob (blocks). False: it lied and is in quarantine, or was not here."""
+        path = self._layout.blob(digest)
+        try:
+            found = hash_file(path)
+        except FileNotFoundError:
+            return False
+        if found == digest:
+            if os.stat(path).st_mtime_ns != durable.MTIME_NS:
+                durable.seal(path)
+            return True
+        self.quarantine(digest)
+        return False
+
+    def quarantine(self, digest: Digest) -> None:
+        """A blob that lies is never served again, and kept for whoever wants to know why."""
+        for executable in (False, True):
+            path = self._layout.blob(digest, executable)
+            if path.exists():
+                durable.rename(path, self._layout.quarantine / path.name)
+                self.quarantined += 1
+
+    def forget(self, digest: Digest) -> int:
+        """Removes a blob that no view shows any more; the bytes freed (0: somebody still shows it)."""
+        path = self._layout.blob(digest)
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return 0
+        if found.st_nlink > 1:
+            return 0
+        path.unlink(missing_ok=True)
+        return found.st_blocks * 512
+
+    def walk(self) -> Iterator[tuple[Digest, int]]:
+        """Every blob and its size in bytes (blocks)."""
+        for shard in self._layout.shards():
+            with os.scandir(shard) as files:
+                for file in files:
+                    if is_digest(file.name):
+                        yield Digest(file.name), file.stat().st_size
+
+    def close(self) -> None:
+        self._syncing.shutdown(wait=False)
+
+
+def hash_file(path: Path) -> Digest:
+    sha256 = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(HASH_BYTES):
+            sha256.update(chunk)
+    return Digest(sha256.hexdigest())

@@ -1,0 +1,333 @@
+"""Fetch: a caller asks for files of a repo and gets the view of a tree.
+
+The story: which commit is it, may this caller have it, is the view here and sound? If not, one *assembly* for this selection
+brings the missing blobs (each its own flight, shared with every other assembly that needs it, small files first), writes the
+tree down and builds the view. Nothing is visible before every byte was checked (I1, I2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from .blobs import Blobs
+from .errors import EntryNotFound, IncompleteSnapshot, ModelcachedError, NoSpace, disk_errors
+from .flights import BlobFlights
+from .hub import Hub, matching
+from .layout import Layout
+from .lookup import Lookup, Warn
+from .meter import TICK_SECONDS, Meter, Report
+from .model import Commit, Digest, ListedFile, Repo, Tree, TreeFile, TreeId
+from .recent import Recent
+from .repos import Repos, Selected
+from .singleflight import Flight, Flights
+from .tasks import Pool
+from .transfer import Source
+from .trees import Trees
+
+WORKERS = 192  # files of one assembly under way: connections are bounded elsewhere, and a batch to publish is made of these
+COMPARED_AT_ONCE = 64  # files whose size and mtime are compared on the loop: 2 us each
+COMPARED_BEFORE = 1000  # above, the comparison runs behind the hand-out
+log = logging.getLogger(__name__)
+
+
+class Ask(NamedTuple):
+    """What a caller asks for."""
+
+    repo: Repo
+    revision: str
+    allow: tuple[str, ...] | None
+    ignore: tuple[str, ...] | None
+    filename: str | None
+    token: str | None
+    force: bool = False  # ask the hub now, and hash what is here
+    local: bool = False  # the hub may not be asked
+
+
+class Selection(NamedTuple):
+    """The same, once it is known what the revision is and that the caller may have it."""
+
+    repo: Repo
+    commit: Commit
+    allow: tuple[str, ...] | None
+    ignore: tuple[str, ...] | None
+    filename: str | None
+
+
+class Shown(NamedTuple):
+    """A tree and its view, as an assembly leaves them."""
+
+    name: TreeId
+    tree: Tree
+
+
+class Got(NamedTuple):
+    shown: Shown
+    commit: Commit
+    is_private: bool
+    hub_bytes: int  # that came while the caller waited
+
+
+class Assembly(Flight[Shown]):
+    """One selection being put together."""
+
+    def __init__(self, fetch: Fetch, selection: Selection, ask: Ask) -> None:
+        super().__init__(lambda: fetch.assemble(self))
+        self.selection = selection
+        self.ask = ask
+        self.meter = Meter()
+
+
+AssemblyKey = tuple[Selection, str | None, bool, bool]
+
+
+class Fetch:
+    """`_shown` and `_damaged` remember what can be seen on disk anyway; only the event loop touches them."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        blobs: Blobs,
+        trees: Trees,
+        repos: Repos,
+        lookup: Lookup,
+        hub: Hub,
+        flights: BlobFlights,
+        pool: Pool,
+        group: asyncio.TaskGroup,
+        min_free: int,
+    ) -> None:
+        self._layout = layout
+        self._blobs = blobs
+        self._trees = trees
+        self._repos = repos
+        self._lookup = lookup
+        self._hub = hub
+        self._flights = flights
+        self._pool = pool
+        self._group = group
+        self._min_free = min_free  # bytes
+        self._shown: Recent[Selection, Shown] = Recent(50_000, lambda shown: 1 + len(shown.tree.files))
+        self._damaged: set[Digest] = set()
+        self._comparing: set[TreeId] = set()
+        self._assemblies: Flights[AssemblyKey, Assembly, Shown] = Flights(group)
+
+    async def get(self, ask: Ask, report: Report, warn: Warn) -> Got:
+        """The view of what was asked for, every byte of it checked."""
+        selection, is_private = await self._select(ask, warn)
+        shown = self._shown.get(selection)
+        if shown is not None and not ask.force and await self._is_as_published(selection, shown):
+            return Got(shown, selection.commit, is_private, 0)
+        key = (selection, ask.token if is_private else None, ask.force, ask.local)
+        assembly = self._assemblies.board(key, lambda: Assembly(self, selection, ask))
+        meter, before = assembly.meter, assembly.meter.received_bytes
+        meter.reports.append(report)
+        report(meter.progress())
+        try:
+            shown = await self._assemblies.wait(key, assembly)
+        finally:
+            meter.reports.remove(report)
+        if not shown.tree.files and (ask.allow or ask.ignore):
+            warn(f"no file of {ask.repo} matches the patterns")
+        return Got(shown, selection.commit, is_private, meter.received_bytes - before)
+
+    async def plan(self, ask: Ask, warn: Warn) -> tuple[Commit, list[tuple[ListedFile, bool]]]:
+        """What `get` would show, and which of it is here."""
+        selection, _ = await self._select(ask, warn)
+        files = await self._files(selection, ask)
+        here = await self._pool.run(self._here, ask.repo, files)
+        return selection.commit, [(file, file.path in here) for file in files]
+
+    def forget(self) -> None:
+        """After trees were removed: nothing of them is remembered."""
+        self._shown.clear()
+
+    def note_damaged(self, digest: Digest) -> None:
+        """A blob went to quarantine: when it is here again, every view that shows it gets the good one (I10)."""
+        self._damaged.add(digest)
+        self._shown.clear()
+
+    def statistics(self) -> dict[str, int]:
+        return {"running": len(self._assemblies), "started": self._assemblies.started, "joined": self._assemblies.joined}
+
+    async def assemble(self, assembly: Assembly) -> Shown:
+        """An assembly's work: from a selection to a view."""
+        selection, ask, meter = assembly.selection, assembly.ask, assembly.meter
+        async with self._shown_to_waiters(meter, selection.repo):
+            meter.phase = "list"
+            files = await self._files(selection, ask)
+            if ask.force:
+                await self._verify(selection.repo, files, meter)
+            here = await self._pool.run(self._here, selection.repo, files)
+            missing = [file for file in files if file.path not in here]
+            size, missing_size = sum(file.size for file in files), sum(file.size for file in missing)
+            meter.start(size, len(files), size - missing_size, len(files) - len(missing))
+            if missing:
+                if ask.local:
+                    raise _incomplete(selection, missing)
+                self._require_room(selection.repo, missing_size)
+                await self._bring(selection, ask.token, missing, here, meter)
+            meter.phase, meter.source = "publish", "disk"
+            tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
+            with disk_errors(f"building the view of {selection.repo}"):
+                name = await self._pool.run(self._show, tree)
+                self._repos.set_shown(selection.repo, name, Selected(*selection[1:]))
+        return self._shown.put(selection, Shown(name, tree))
+
+    async def _select(self, ask: Ask, warn: Warn) -> tuple[Selection, bool]:
+        commit = await self._lookup.commit(ask.repo, ask.revision, ask.token, warn, ask.force, ask.local)
+        is_private = await self._lookup.permit(ask.repo, ask.token, ask.local)
+        return Selection(ask.repo, commit, ask.allow, ask.ignore, ask.filename), is_private
+
+    async def _files(self, selection: Selection, ask: Ask) -> list[ListedFile]:
+        listing = await self._lookup.listing(selection.repo, selection.commit, ask.token, ask.local)
+        return await self._pool.run(_selected, selection, listing.files)
+
+    def _here(self, repo: Repo, files: Sequence[ListedFile]) -> dict[str, Digest]:
+        """Which of the files are on disk, and as which blob (blocks)."""
+        here = {}
+        for file in files:
+            digest = self._repos.digest(repo, file)
+            if digest is not None and self._blobs.has(digest, file.size):
+                here[file.path] = digest
+        return here
+
+    async def _bring(
+        self, selection: Selection, token: str | None, missing: list[ListedFile], here: dict[str, Digest], meter: Meter
+    ) -> None:
+        """Every missing file becomes a blob, small ones first: config and tokenizer are there early."""
+        meter.phase, meter.source = "download", "hub"
+        queue = iter(sorted(missing, key=lambda file: file.size))
+
+        async def work() -> None:
+            for file in queue:
+                source = Source(selection.repo, selection.commit, file.path, token)
+                digest = await self._flights.join(self._repos.content(selection.repo, file), source, meter)
+                if file.sha256 is None:
+                    self._repos.set_digest(selection.repo, file.oid, digest)
+                if digest in self._damaged:
+                    self._damaged.discard(digest)
+                    await self._pool.run(self._trees.relink, digest)  # I10
+                meter.finish(file.size)
+                here[file.path] = digest
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(WORKERS, len(missing))):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _verify(self, repo: Repo, files: list[ListedFile], meter: Meter) -> None:
+        """Hashes what is here of the files; what lies goes to quarantine."""
+        meter.phase, meter.source = "verify", "disk"
+        meter.start(sum(file.size for file in files), len(files), 0, 0)
+        for file in files:
+            digest = self._repos.digest(repo, file)
+            if digest is not None and self._blobs.path(digest).exists() and not await self._pool.run(self._blobs.check, digest):
+                self.note_damaged(digest)
+            meter.finish(file.size)
+
+    def _show(self, tree: Tree) -> TreeId:
+        """Writes the tree down and makes its view what it should be (blocks)."""
+        name = self._trees.save(tree)
+        self._trees.mend(name, tree)
+        return name
+
+    async def _is_as_published(self, selection: Selection, shown: Shown) -> bool:
+        """Compares the view's files with what was published (I1). A file that differs is hashed, and the next assembly mends the view."""
+        files = shown.tree.files
+        if len(files) <= COMPARED_AT_ONCE:
+            return not await self._doubt([*self._trees.suspects(shown.name, files)])
+        if len(files) <= COMPARED_BEFORE or not self._trees.view(shown.name).exists():
+            return await self._compare(shown)
+        if shown.name not in self._comparing:
+            self._comparing.add(shown.name)
+            self._group.create_task(self._compare_behind(shown))
+        return True
+
+    async def _compare(self, shown: Shown) -> bool:
+        return not await self._doubt(await self._pool.run(lambda: [*self._trees.suspects(shown.name, shown.tree.files)]))
+
+    async def _compare_behind(self, shown: Shown) -> None:
+        try:
+            if not await self._compare(shown):
+                await self._pool.run(self._show, shown.tree)
+        except (OSError, ModelcachedError) as error:  # a blob is gone: the next caller's assembly fetches it
+            log.warning("a view could not be mended", extra={"tree": shown.name, "error": str(error)})
+        finally:
+            self._comparing.discard(shown.name)
+
+    async def _doubt(self, suspects: list[TreeFile]) -> bool:
+        """Whether there was anything to doubt. Blobs that lie are in quarantine afterwards (I10)."""
+        for file in suspects:
+            if not await self._pool.run(self._blobs.check, file.sha256):
+                self.note_damaged(file.sha256)
+        if suspects:
+            self._shown.clear()
+        return bool(suspects)
+
+    def _require_room(self, repo: Repo, size: int) -> None:
+        """Refuses at once what can't fit (I6)."""
+        disk = os.statvfs(self._layout.root)
+        free = disk.f_bavail * disk.f_frsize
+        if size > free - self._min_free:
+            raise NoSpace(
+                f"{repo} needs {_gib(size)} more; {self._layout.root} has {_gib(free)} free, and keeps {_gib(self._min_free)} free (min_free)",
+                "remove repos (modelcache ls, modelcache rm), ask for fewer files with patterns, or give the cache a larger disk",
+                needed_bytes=size,
+                free_bytes=free,
+                min_free_bytes=self._min_free,
+            )
+
+    @asynccontextmanager
+    async def _shown_to_waiters(self, meter: Meter, repo: Repo) -> AsyncIterator[None]:
+        """While it runs, everybody who waits sees the meter."""
+
+        async def tick() -> None:
+            while True:
+                await asyncio.sleep(TICK_SECONDS)
+                pause = self._hub.pauses.remaining(repo.endpoint)
+                meter.show(f"the hub asks to wait {pause:.0f} s more" if pause else "")
+
+        ticking = asyncio.create_task(tick())
+        try:
+            yield
+            meter.show()
+        finally:
+            ticking.cancel()
+
+
+def _selected(selection: Selection, files: Sequence[ListedFile]) -> list[ListedFile]:
+    """The files that were asked for; huggingface_hub's own patterns."""
+    if selection.filename is not None:
+        chosen = [file for file in files if file.path == selection.filename]
+        if not chosen:
+            raise EntryNotFound(
+                f"{selection.repo}@{selection.commit[:8]} has no file {selection.filename!r}",
+                "see its files with: modelcache pull --dry-run",
+                repo_id=selection.repo.id,
+            )
+        return chosen
+    if selection.allow is None and selection.ignore is None:
+        return list(files)
+    allow, ignore = (None if patterns is None else list(patterns) for patterns in (selection.allow, selection.ignore))
+    wanted = set(matching([file.path for file in files], allow, ignore))
+    return [file for file in files if file.path in wanted]
+
+
+def _incomplete(selection: Selection, missing: list[ListedFile]) -> IncompleteSnapshot:
+    names = ", ".join(repr(file.path) for file in missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return IncompleteSnapshot(
+        f"{len(missing)} files of {selection.repo}@{selection.commit[:8]} are not on this node: {names}",
+        "drop local_files_only and HF_HUB_OFFLINE to fetch them",
+        missing=len(missing),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,115 @@
+"""Where everything lies below the root: the only place that computes a path. The folder list is the design.
+
+VERSION  lock
+blobs/sha256/ab/<sha256>[.x]     complete, verified, read-only (I1)
+partial/<name>[.map]             resumable downloads and what of them counts
+trees/<tree>.json                trees; mtime is the last use
+views/<tree>/...                 exactly a tree's files (I2)
+repos/<endpoint>/<type>--<id>/   visibility.json  oids  refs/<revision>  shown/<tree>  <commit>.json
+leases/<tree>/<id>               one file per lease, flocked by its holder (I4)
+quarantine/                      blobs that lied (I10)
+tmp/                             emptied at start
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from .model import Commit, Content, Digest, Repo, TreeId
+
+FORMAT_VERSION = 1
+PUBLIC_FOLDERS = {"views": 0o711}  # names in it are not listed to others; the rest is the daemon's own
+PRIVATE_FOLDERS = ("blobs", "blobs/sha256", "partial", "trees", "repos", "leases", "quarantine", "tmp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    root: Path
+
+    @property
+    def version(self) -> Path:
+        return self.root / "VERSION"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def blobs(self) -> Path:
+        return self.root / "blobs" / "sha256"
+
+    @property
+    def partials(self) -> Path:
+        return self.root / "partial"
+
+    @property
+    def trees(self) -> Path:
+        return self.root / "trees"
+
+    @property
+    def views(self) -> Path:
+        return self.root / "views"
+
+    @property
+    def repos(self) -> Path:
+        return self.root / "repos"
+
+    @property
+    def leases(self) -> Path:
+        return self.root / "leases"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    def shards(self) -> list[Path]:
+        return [self.blobs / f"{shard:02x}" for shard in range(256)]
+
+    def blob(self, digest: Digest, executable: bool = False) -> Path:
+        return self.blobs / digest[:2] / (f"{digest}.x" if executable else digest)
+
+    def partial(self, content: Content) -> Path:
+        if content.algorithm == "sha256":
+            return self.partials / content.hex
+        scope = hashlib.sha256(content.scope.encode()).hexdigest()[:16]
+        return self.partials / f"git-{scope}-{content.hex}"
+
+    def tree(self, tree: TreeId) -> Path:
+        return self.trees / f"{tree}.json"
+
+    def view(self, tree: TreeId) -> Path:
+        return self.views / tree
+
+    def repo(self, repo: Repo) -> Path:
+        scheme, _, rest = repo.endpoint.partition("://")
+        return self.repos / f"{scheme}+{quote(rest, safe=':')}" / f"{repo.type}--{repo.id.replace('/', '--')}"
+
+    def visibility(self, repo: Repo) -> Path:
+        return self.repo(repo) / "visibility.json"
+
+    def oids(self, repo: Repo) -> Path:
+        return self.repo(repo) / "oids"
+
+    def ref(self, repo: Repo, revision: str) -> Path:
+        return self.repo(repo) / "refs" / quote(revision, safe="")
+
+    def listing(self, repo: Repo, commit: Commit) -> Path:
+        return self.repo(repo) / f"{commit}.json"
+
+    def shown(self, repo: Repo, tree: TreeId) -> Path:
+        return self.repo(repo) / "shown" / tree
+
+    def lease_folder(self, tree: TreeId) -> Path:
+        return self.leases / tree
+
+    def fresh(self, purpose: str) -> Path:
+        """A name in tmp/ that nobody else uses."""
+        return self.tmp / f"{purpose}-{secrets.token_hex(8)}"

@@ -1,0 +1,132 @@
+"""What a node knows of a repo, and asks of the hub when it must: one question at a time per thing asked.
+
+A branch is looked up again when the last answer is older than `fresh_seconds`; a full commit hash is never looked up once
+its listing is here. A private or gated repo is for callers whose own token the hub accepted, on a hit too (I8): the verdict
+is kept in memory for `verdict_seconds`, under a hash of the token, and when the hub is away only a kept verdict counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from .errors import GatedRepo, HubUnavailable, LocalEntryNotFound, RepoNotFound, TokenRefused
+from .hub import Answer, Hub
+from .model import Commit, Listing, Repo, is_commit
+from .recent import Recent
+from .repos import Repos
+from .singleflight import Flight, Flights
+from .tasks import Pool
+
+Warn = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+class Lookup:
+    def __init__(
+        self, repos: Repos, hub: Hub, pool: Pool, group: asyncio.TaskGroup, fresh_seconds: float, verdict_seconds: float, offline: bool
+    ) -> None:
+        self._repos = repos
+        self._hub = hub
+        self._pool = pool
+        self._fresh_seconds = fresh_seconds
+        self._verdict_seconds = verdict_seconds
+        self._offline = offline
+        self._answers: Flights[tuple[Repo, str, str | None], Flight[Answer], Answer] = Flights(group)
+        self._listings: Flights[tuple[Repo, Commit, str | None], Flight[Listing], Listing] = Flights(group)
+        self._accesses: Flights[tuple[Repo, str | None], Flight[None], None] = Flights(group)
+        self._verdicts: Recent[bytes, float] = Recent(65_536)  # monotonic time of the hub's yes
+        self._salt = secrets.token_bytes(16)
+
+    async def commit(self, repo: Repo, revision: str, token: str | None, warn: Warn, force: bool = False, local: bool = False) -> Commit:
+        """The commit that `revision` means for this caller now."""
+        if is_commit(revision) and self._repos.visibility(repo) is not None and self._repos.has_listing(repo, Commit(revision)):
+            return Commit(revision)
+        known = self._repos.ref(repo, revision)
+        if known is not None and not force and known.age() < self._fresh_seconds:
+            return Commit(known.commit)
+        if local or self._offline:
+            if known is None:
+                raise not_here(repo, revision)
+            return Commit(known.commit)
+        try:
+            answer = await self._look_up(repo, revision, token, attempts=None if known is None else 1)
+        except HubUnavailable as error:
+            if known is None:
+                raise
+            warn(f"{error.message}; using {repo}@{revision} as of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(known.checked))}")
+            return Commit(known.commit)
+        return answer.commit
+
+    async def permit(self, repo: Repo, token: str | None, local: bool = False) -> bool:
+        """Returns whether the repo is private or gated, for a caller who may have it; raises for one who may not (I8)."""
+        seen = self._repos.visibility(repo)
+        if seen is None:
+            raise not_here(repo)
+        if seen.is_public:
+            return False
+        said = self._verdicts.get(self._verdict_key(repo, token))
+        if said is not None and time.monotonic() - said < self._verdict_seconds:
+            return True
+        if local or self._offline:
+            raise not_here(repo)
+        await self._accesses.join((repo, token), lambda: Flight(lambda: self._hub.check_access(repo, token)))
+        self._accept(repo, token)
+        return True
+
+    async def listing(self, repo: Repo, commit: Commit, token: str | None, local: bool = False) -> Listing:
+        """All files of a commit."""
+        known = await self._pool.run(self._repos.listing, repo, commit)
+        if known is not None:
+            return known
+        if local or self._offline:
+            raise not_here(repo, commit)
+        return await self._listings.join((repo, commit, token), lambda: Flight(lambda: self._list(repo, commit, token)))
+
+    async def _look_up(self, repo: Repo, revision: str, token: str | None, attempts: int | None) -> Answer:
+        return await self._answers.join((repo, revision, token), lambda: Flight(lambda: self._ask(repo, revision, token, attempts)))
+
+    async def _ask(self, repo: Repo, revision: str, token: str | None, attempts: int | None) -> Answer:
+        try:
+            answer = await self._hub.look_up(repo, revision, token, attempts)
+        except (RepoNotFound, TokenRefused) as error:
+            self._close(repo, error)
+            raise
+        self._repos.set_visibility(repo, answer.private, answer.gated)
+        if not is_commit(revision):
+            self._repos.set_ref(repo, revision, answer.commit)
+        if answer.private and not answer.gated:
+            self._accept(repo, token)  # the hub has just shown it to this token
+        return answer
+
+    async def _list(self, repo: Repo, commit: Commit, token: str | None) -> Listing:
+        listing = await self._hub.list_files(repo, commit, token)
+        await self._pool.run(self._repos.set_listing, repo, listing)
+        return listing
+
+    def _close(self, repo: Repo, error: RepoNotFound | TokenRefused) -> None:
+        """A repo that was public and is refused now may have become private: from here on every caller is asked for a token."""
+        seen = self._repos.visibility(repo)
+        if seen is not None and seen.is_public and isinstance(error, RepoNotFound):
+            log.warning("repo closed to the public", extra={"repo": str(repo)})
+            self._repos.set_visibility(repo, private=True, gated=isinstance(error, GatedRepo))
+
+    def _accept(self, repo: Repo, token: str | None) -> None:
+        self._verdicts.put(self._verdict_key(repo, token), time.monotonic())
+
+    def _verdict_key(self, repo: Repo, token: str | None) -> bytes:
+        """No token is kept: a salted hash is enough to know it again."""
+        return hashlib.sha256(self._salt + repr((repo, token)).encode()).digest()
+
+
+def not_here(repo: Repo, revision: str = "") -> LocalEntryNotFound:
+    """What a caller is told who may not ask the hub: the same for what does not exist, is not here, or is not for him."""
+    what = f"{repo}@{revision}" if revision else str(repo)
+    return LocalEntryNotFound(
+        f"{what} is not on this node, and the hub may not be asked",
+        "drop local_files_only and HF_HUB_OFFLINE to fetch it, or see what is here: modelcache ls",
+    )

@@ -1,0 +1,72 @@
+"""How a fetch is getting on: one meter per running fetch, shown to everybody who waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from modelcache.protocol import Progress
+
+RATE_SECONDS = 3.0  # the rate is an average over so long
+TICK_SECONDS = 0.2
+Report = Callable[[Progress], None]
+
+
+class Running(Protocol):
+    """A part of the work that is under way."""
+
+    done_bytes: int
+
+
+class Meter:
+    """Counts what is done; `parts` are flights under way, whose bytes count while they fly."""
+
+    def __init__(self) -> None:
+        self.phase = "look up"
+        self.source = ""
+        self.total_bytes = 0
+        self.total_files = 0
+        self.done_bytes = 0  # of finished parts
+        self.done_files = 0
+        self.received_bytes = 0  # that came over the network since the meter began
+        self.parts: set[Running] = set()
+        self.reports: list[Report] = []
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def start(self, total_bytes: int, total_files: int, done_bytes: int, done_files: int) -> None:
+        self.total_bytes, self.total_files = total_bytes, total_files
+        self.done_bytes, self.done_files = done_bytes, done_files
+
+    def finish(self, size: int) -> None:
+        """One more file is done."""
+        self.done_bytes += size
+        self.done_files += 1
+
+    def progress(self, message: str = "") -> Progress:
+        """The meter as everybody who waits is shown it."""
+        return Progress(
+            phase="paused" if message else self.phase,
+            done_bytes=min(self.total_bytes, self.done_bytes + sum(part.done_bytes for part in self.parts)),
+            total_bytes=self.total_bytes,
+            rate=self._rate(),
+            source=self.source,
+            done_files=self.done_files,
+            total_files=self.total_files,
+            waiters=len(self.reports),
+            message=message,
+        )
+
+    def show(self, message: str = "") -> None:
+        progress = self.progress(message)
+        for report in self.reports:
+            report(progress)
+
+    def _rate(self) -> float:
+        now = time.monotonic()
+        self._samples.append((now, self.received_bytes))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
+        return (self.received_bytes - before) / (now - since) if now > since else 0.0

@@ -1,0 +1,206 @@
+"""Downloads on their way: `partial/<name>` and its map, one line per piece (offset, length, CRC-32), written after the data.
+
+A piece counts only if the bytes on disk have its CRC, so a `kill -9` costs what was on the wire, and a power cut costs what had
+not reached the disk, never correctness. The digest is taken from the first byte on, by whichever thread has just
+written at its front; it is checked before the bytes get a name (I1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from .layout import Layout
+from .model import Content, Digest
+
+READ_BYTES = 1 << 20
+
+
+class Partial:
+    """One download in progress. At most one exists per content (I5). All methods block: call them from a pool's thread.
+
+    `_pieces`, `_front` and the hashes belong to whoever holds `_lock`; `_hashing` says that a thread is extending the front.
+    """
+
+    def __init__(self, path: Path, content: Content) -> None:
+        self.path = path
+        self.content = content
+        self._map = path.with_name(path.name + ".map")
+        self._lock = threading.Lock()
+        self._hashing = False
+        self._data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lines = os.open(self._map, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.close(self._data)
+            raise
+        self._start_over()
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def done_bytes(self) -> int:
+        return self._done
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The gaps, as half-open byte ranges in order."""
+        with self._lock:
+            gaps, position = [], 0
+            for offset in sorted(self._pieces):
+                if offset > position:
+                    gaps.append((position, offset))
+                position = max(position, offset + self._pieces[offset])
+            if position < self.content.size:
+                gaps.append((position, self.content.size))
+            return gaps
+
+    def write(self, offset: int, chunks: Sequence[bytes]) -> None:
+        """Keeps one piece that starts at `offset`: the data first, then its line in the map."""
+        length, crc = 0, 0
+        for chunk in chunks:
+            crc = zlib.crc32(chunk, crc)
+            length += len(chunk)
+        _write_all(self._data, chunks, offset, length)
+        os.write(self._lines, b"%d %d %08x\n" % (offset, length, crc))
+        with self._lock:
+            self._pieces[offset] = length
+            self._done += length
+        self._extend_front()
+
+    def finish(self) -> Digest | None:
+        """The SHA-256 of the whole content, or None when the bytes are not what their name says."""
+        self._extend_front()
+        if self._front != self.content.size:
+            return None
+        digest = self._sha256.hexdigest()
+        named = digest if self._git is None else self._git.hexdigest()
+        return Digest(digest) if named == self.content.hex else None
+
+    def reset(self) -> None:
+        """Forgets everything: the bytes lied."""
+        os.ftruncate(self._lines, 0)
+        os.ftruncate(self._data, 0)
+        self._start_over()
+
+    def close(self) -> None:
+        """Keeps what is there for the next time."""
+        for handle in (self._data, self._lines):
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+    def forget_map(self) -> None:
+        """After the publication: the data has moved on."""
+        self._map.unlink(missing_ok=True)
+
+    def _start_over(self) -> None:
+        self._pieces: dict[int, int] = {}
+        self._done = 0
+        self._front = 0  # bytes from the start that are in the hashes
+        self._sha256 = hashlib.sha256()
+        self._git = None
+        if self.content.algorithm == "git-sha1":
+            self._git = hashlib.sha1(b"blob %d\0" % self.content.size, usedforsecurity=False)
+
+    def _recover(self) -> None:
+        """Believes what the map says as far as the bytes agree, and rewrites the map to just that."""
+        claims = sorted(_claims(os.pread(self._lines, os.fstat(self._lines).st_size, 0), self.content.size))
+        kept: list[bytes] = []
+        end = 0
+        for offset, length, crc in claims:
+            if offset < end or not self._holds(offset, length, crc):
+                continue
+            end = offset + length
+            self._pieces[offset] = length
+            self._done += length
+            kept.append(b"%d %d %08x\n" % (offset, length, crc))
+        if len(kept) != len(claims):
+            os.ftruncate(self._lines, 0)
+            _write_all(self._lines, [b"".join(kept)], None, sum(map(len, kept)))
+
+    def _holds(self, offset: int, length: int, crc: int) -> bool:
+        """Whether the bytes on disk have this CRC; those that continue the front go into the hashes in the same pass."""
+        sha256, git = self._sha256.copy(), self._git.copy() if self._git else None
+        found, position = 0, offset
+        while position < offset + length:
+            chunk = os.pread(self._data, min(READ_BYTES, offset + length - position), position)
+            if not chunk:
+                return False
+            found = zlib.crc32(chunk, found)
+            sha256.update(chunk)
+            if git is not None:
+                git.update(chunk)
+            position += len(chunk)
+        if found != crc:
+            return False
+        if offset == self._front:
+            self._sha256, self._git, self._front = sha256, git, position
+        return True
+
+    def _extend_front(self) -> None:
+        """Hashes on from the front as far as pieces are there. One thread at a time; the others leave it to that one."""
+        while True:
+            with self._lock:
+                length = self._pieces.get(self._front, 0)
+                if self._hashing or not length:
+                    return
+                self._hashing = True
+            try:
+                end = self._front + length
+                while self._front < end:
+                    chunk = os.pread(self._data, min(READ_BYTES, end - self._front), self._front)
+                    if not chunk:
+                        raise OSError(5, "a piece that was written can't be read", str(self.path))
+                    self._sha256.update(chunk)
+                    if self._git is not None:
+                        self._git.update(chunk)
+                    self._front += len(chunk)
+            finally:
+                with self._lock:
+                    self._hashing = False
+
+    def __repr__(self) -> str:
+        return f"<Partial {self.path.name} {self._done}/{self.content.size}>"
+
+
+class Partials:
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def open(self, content: Content) -> Partial:
+        return Partial(self._layout.partial(content), content)
+
+    def size_bytes(self) -> int:
+        """What unfinished downloads take on disk."""
+        with os.scandir(self._layout.partials) as files:
+            return sum(file.stat().st_blocks * 512 for file in files)
+
+
+def _claims(raw: bytes, size: int) -> list[tuple[int, int, int]]:
+    """The map's lines that make sense; the last one may be torn."""
+    claims = []
+    for line in raw.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            offset, length, crc = line.split()
+            claim = (int(offset), int(length), int(crc, 16))
+            if 0 <= claim[0] and 0 < claim[1] and claim[0] + claim[1] <= size:
+                claims.append(claim)
+    return claims
+
+
+def _write_all(handle: int, chunks: Sequence[bytes], offset: int | None, length: int) -> None:
+    """All of `chunks` at `offset` (None: appended). A short write is finished, however the kernel cut it."""
+    written = os.writev(handle, chunks) if offset is None else os.pwritev(handle, chunks, offset)
+    if written == length:
+        return
+    rest = memoryview(b"".join(chunks))[written:]
+    while rest:
+        count = os.write(handle, rest) if offset is None else os.pwrite(handle, rest, offset + length - len(rest))
+        rest = rest[count:]

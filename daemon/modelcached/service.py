@@ -1,0 +1,187 @@
+"""One method per verb: is this caller allowed? is the request sound? call one flow, take the lease."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from modelcache.protocol import (
+    PROTOCOL_VERSION,
+    Fetch as FetchParams,
+    FetchReply,
+    HelloReply,
+    List_,
+    PlanReply,
+    Remove,
+    Status,
+    Verify,
+)
+
+from . import __version__
+from .config import Config
+from .errors import EndpointNotAllowed, InvalidRequest, NotPermitted
+from .fetch import Ask, Fetch
+from .leases import Leases
+from .meter import Report
+from .model import Caller, Digest, Reply, check_repo, check_revision
+from .repos import Repos
+from .trees import Trees
+from .upkeep import Known, Upkeep
+
+MAX_PATTERNS = 1000
+
+
+class Service:
+    def __init__(
+        self,
+        config: Config,
+        fetch: Fetch,
+        upkeep: Upkeep,
+        trees: Trees,
+        repos: Repos,
+        leases: Leases,
+        statistics: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._config = config
+        self._fetch = fetch
+        self._upkeep = upkeep
+        self._trees = trees
+        self._repos = repos
+        self._leases = leases
+        self._statistics = statistics
+        self._verbs: dict[str, tuple[type, Callable[[Any, Caller, Report], Awaitable[Reply]]]] = {
+            "fetch": (FetchParams, self._do_fetch),
+            "plan": (FetchParams, self._do_plan),
+            "ls": (List_, self._do_list),
+            "rm": (Remove, self._do_remove),
+            "verify": (Verify, self._do_verify),
+            "status": (Status, self._do_status),
+        }
+
+    @property
+    def methods(self) -> Mapping[str, type]:
+        return {name: params for name, (params, _) in self._verbs.items()}
+
+    async def call(self, method: str, params: Any, caller: Caller, report: Report) -> Reply:
+        _, verb = self._verbs[method]
+        return await verb(params, caller, report)
+
+    def hello(self) -> HelloReply:
+        return HelloReply(
+            PROTOCOL_VERSION, __version__, str(self._config.root), self._config.hub_endpoint, self._config.private, os.getpid()
+        )
+
+    async def _do_fetch(self, params: FetchParams, caller: Caller, report: Report) -> Reply:
+        start = time.monotonic()
+        warnings: list[str] = []
+        ask = self._ask(params)
+        while True:
+            got = await self._fetch.get(ask, report, warnings.append)
+            name, tree = got.shown
+            view = self._trees.view(name)
+            # No await from here on: nothing can take the view away before the lease is held (I2).
+            try:
+                found = os.stat(view)
+            except FileNotFoundError:
+                self._fetch.forget()  # removed between the fetch and here
+                continue
+            self._trees.admit(name, caller, got.is_private)
+            self._trees.touch(name)
+            descriptors: tuple[int, ...] = () if name in params.held else (self._leases.grant(name, caller, params.purpose),)
+            break
+        try:
+            if params.listing:
+                descriptors += (self._repos.open_listing(ask.repo, got.commit),)
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        reply = FetchReply(
+            path=str(view),
+            device=found.st_dev,
+            inode=found.st_ino,
+            tree=name,
+            commit=got.commit,
+            files=len(tree.files),
+            size_bytes=tree.size,
+            hub_bytes=got.hub_bytes,
+            seconds=round(time.monotonic() - start, 6),
+            leased=name not in params.held,
+            warnings=warnings,
+        )
+        return Reply(reply, descriptors)
+
+    async def _do_plan(self, params: FetchParams, caller: Caller, report: Report) -> Reply:
+        warnings: list[str] = []
+        commit, files = await self._fetch.plan(self._ask(params), warnings.append)
+        return Reply(PlanReply(commit, None, [[file.path, file.size, is_here] for file, is_here in files]))
+
+    async def _do_list(self, params: List_, caller: Caller, report: Report) -> Reply:
+        known = [each for each in await self._upkeep.known(params.repo_id) if self._may_see(caller, each)]
+        return Reply({"repos": [entry._asdict() for entry in await self._upkeep.entries(known)]})
+
+    async def _do_remove(self, params: Remove, caller: Caller, report: Report) -> Reply:
+        self._require_owner(caller, "remove repos")
+        repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        self._fetch.forget()
+        try:
+            return Reply(await self._upkeep.remove(repo, params.revision))
+        finally:
+            self._fetch.forget()
+
+    async def _do_verify(self, params: Verify, caller: Caller, report: Report) -> Reply:
+        self._require_owner(caller, "verify the cache")
+        repo = None if params.repo_id is None else check_repo(self._config.hub_endpoint, params.repo_type, params.repo_id)
+        reply = await self._upkeep.verify(repo, report)
+        for digest in reply.damaged:
+            self._fetch.note_damaged(Digest(digest))
+        return Reply(reply)
+
+    async def _do_status(self, params: Status, caller: Caller, report: Report) -> Reply:
+        return Reply(self._statistics())
+
+    def _ask(self, params: FetchParams) -> Ask:
+        repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        for patterns in (params.allow_patterns, params.ignore_patterns):
+            if patterns is not None and len(patterns) > MAX_PATTERNS:
+                raise InvalidRequest(
+                    f"{len(patterns)} patterns are too many", f"at most {MAX_PATTERNS}: ask for more files and use the ones you need"
+                )
+        return Ask(
+            repo=repo,
+            revision=check_revision(params.revision),
+            allow=None if params.allow_patterns is None else tuple(params.allow_patterns),
+            ignore=None if params.ignore_patterns is None else tuple(params.ignore_patterns),
+            filename=params.filename,
+            token=params.token or None,
+            force=params.force_download,
+            local=params.local_files_only,
+        )
+
+    def _endpoint(self, asked: str | None) -> str:
+        """The daemon talks to the endpoints of its config only (I8)."""
+        if asked is None:
+            return self._config.hub_endpoint
+        allowed = (self._config.hub_endpoint, *self._config.hub_endpoints)
+        if asked.rstrip("/") not in allowed:
+            raise EndpointNotAllowed(
+                f"this daemon does not talk to {asked}",
+                f"it talks to {', '.join(allowed)}: unset HF_ENDPOINT, or add it to hub_endpoints in the daemon's config",
+            )
+        return asked.rstrip("/")
+
+    def _require_owner(self, caller: Caller, what: str) -> None:
+        if caller.uid not in (0, os.geteuid()):
+            raise NotPermitted(
+                f"uid {caller.uid} may not {what}", f"only root and the daemon's own user (uid {os.geteuid()}) may: sudo modelcache ..."
+            )
+
+    def _may_see(self, caller: Caller, known: Known) -> bool:
+        """Listings show others' private repos to nobody (I8)."""
+        return (
+            known.visibility.is_public
+            or caller.uid in (0, os.geteuid())
+            or any(self._trees.is_admitted(name, caller) for name in known.shown)
+        )

@@ -1,0 +1,185 @@
+"""Answers with bytes from the hub, over aiohttp, under one connection budget for the whole node: small files first.
+
+Redirects are followed by hand, for a token goes to the endpoint's own origin and nowhere else. Proxies and certificates come
+from the environment, as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+from yarl import URL
+
+from .errors import HubProblem
+from .hub import Again, Hub, file_url, pause_asked, refusal, unavailable
+from .model import Commit, Repo
+
+MAX_REDIRECTS = 5
+CONNECT_SECONDS = 10.0
+READ_BUFFER_BYTES = 512 << 10
+
+Span = tuple[int, int]  # a half-open range of bytes
+
+
+@dataclass(eq=False)
+class Source:
+    """One place where a content can be had: a file of a commit, and the token of the caller who asked for it."""
+
+    repo: Repo
+    commit: Commit
+    path: str
+    token: str | None = field(default=None, repr=False)
+    location: str | None = field(default=None, repr=False)  # where the last redirect led: valid for a while
+
+    @property
+    def url(self) -> str:
+        return file_url(self.repo, self.commit, self.path)
+
+
+class Budget:
+    """So many connections for the whole node. Who asks with `first=True` (a small file) is served before everybody else."""
+
+    def __init__(self, connections: int) -> None:
+        self.free = connections
+        self._first: deque[asyncio.Future[None]] = deque()
+        self._then: deque[asyncio.Future[None]] = deque()
+
+    @asynccontextmanager
+    async def connection(self, first: bool = False) -> AsyncIterator[None]:
+        await self._take(first)
+        try:
+            yield
+        finally:
+            self._give()
+
+    async def _take(self, first: bool) -> None:
+        if self.free and not (self._first or self._then):
+            self.free -= 1
+            return
+        queue = self._first if first else self._then
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give()  # it was our turn already: hand it on
+            else:
+                queue.remove(turn)
+            raise
+
+    def _give(self) -> None:
+        for queue in (self._first, self._then):
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self.free += 1
+
+
+class Transfer:
+    def __init__(self, hub: Hub, connections: int, stall_seconds: float) -> None:
+        self.budget = Budget(connections)
+        self._hub = hub
+        self._stall_seconds = stall_seconds  # no byte for so long breaks a connection
+        self._session: aiohttp.ClientSession | None = None
+
+    async def whole(self, source: Source, size: int, report: Callable[[int], None]) -> bytes:
+        """All bytes of a small file. They may be wrong, and one more than `size` shows that there are too many."""
+        failures = 0
+        while True:
+            try:
+                async with self.answer(source, None, first=True) as answer:
+                    data = bytearray()
+                    async for chunk in answer.content.iter_any():
+                        data += chunk
+                        report(len(chunk))
+                        if len(data) > size:
+                            break
+                    if len(data) < size:
+                        raise Again(f"the answer broke off after {len(data)} of {size} bytes")
+                    return bytes(data[: size + 1])
+            except Again as again:
+                failures += 1
+                await self.after(source, again, failures)
+
+    async def after(self, source: Source, again: Again, failures: int) -> None:
+        """Waits until the hub may be asked again, or gives up after so many failures in a row."""
+        if again.pause:
+            self._hub.pauses.note(source.repo.endpoint, again.pause)
+        if failures >= self._hub.attempts:
+            raise unavailable(source.repo.endpoint, again.reason) from again
+        await asyncio.sleep(self._hub.backoff(failures))
+
+    @asynccontextmanager
+    async def answer(self, source: Source, span: Span | None, first: bool = False) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The 200 or 206 answer for a source, on a connection of the budget.
+
+        Again when asking later may help (also when the connection breaks inside the block), an error with a name when not.
+        """
+        await self._hub.pauses.wait(source.repo.endpoint)
+        async with self.budget.connection(first):
+            with _broken_connections():
+                answer = await self._follow(source, span)
+                try:
+                    yield answer
+                finally:
+                    answer.release()
+
+    async def _follow(self, source: Source, span: Span | None) -> aiohttp.ClientResponse:
+        home = URL(source.repo.endpoint).origin()
+        known = source.location
+        url = URL(known or source.url, encoded=True)
+        for _ in range(MAX_REDIRECTS):
+            answer = await self._get(url, source.token if url.origin() == home else None, span)
+            if answer.status in (200, 206):
+                if url.origin() != home:
+                    source.location = str(url)
+                return answer
+            answer.release()
+            if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
+                url = url.join(URL(answer.headers["Location"], encoded=True))
+            elif answer.status == 429 or answer.status >= 500:
+                raise Again(f"HTTP {answer.status} from {url.host}", pause_asked(answer.headers))
+            elif known is not None:
+                source.location = None  # a signed address that has expired
+                raise Again(f"HTTP {answer.status} from {url.host}")
+            else:
+                raise refusal(answer.status, answer.headers, source.repo, source.path)
+        raise HubProblem(f"{source.repo.endpoint} redirects {source.path!r} in a circle", "is this a hub at all? look at hub_endpoint")
+
+    async def _get(self, url: URL, token: str | None, span: Span | None) -> aiohttp.ClientResponse:
+        headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        if span is not None:
+            headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=ssl.create_default_context()),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._stall_seconds),
+                trust_env=True,  # proxies
+                auto_decompress=False,
+                read_bufsize=READ_BUFFER_BYTES,
+            )
+        return await self._session.get(url, headers=headers, allow_redirects=False)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+@contextmanager
+def _broken_connections() -> Iterator[None]:
+    """What a connection may do to us, as one word: Again. The disk's errors pass: they are no ConnectionError."""
+    try:
+        yield
+    except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+        raise Again(f"{type(error).__name__}: {str(error)[:200]}") from error

@@ -1,0 +1,180 @@
+"""The wire between the SDK and the daemon: newline-delimited JSON-RPC 2.0 with descriptors.
+
+One JSON object a line, UTF-8, on a Unix stream socket. Besides JSON-RPC's own members a message may carry
+`"fds": N` (0 to 64): so many descriptors ride as `SCM_RIGHTS` on the first byte of its line, queue in order
+of arrival, and are taken by the message that declares them.
+
+Request       {"jsonrpc": "2.0", "id": 1, "method": "fetch", "params": {...}}       params: the fields of a NamedTuple below
+Reply         {"jsonrpc": "2.0", "id": 1, "result": {...}, "fds": 1}
+Error         {"jsonrpc": "2.0", "id": 1, "error": {"code": ..., "message": ..., "data": {"name": ..., "hint": ..., ...}}}
+Notification  daemon to client {"method": "progress", "params": {"id": 1, ...Progress}}
+              client to daemon {"method": "cancel", "params": {"id": 1}}: the caller has left
+
+A result too large for one line is `{"jsonrpc": "2.0", "id": 1, "result": {"in_fd": true}, "fds": 1 + N}`: the *first*
+descriptor is a file that holds the result's JSON. `hello` is the first request of a connection.
+Both sides import this module; the daemon validates what it gets strictly against these types: unknown fields, wrong
+types and missing fields are `invalid_params`. Fields are only ever appended, with defaults: a newer daemon serves an older SDK.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, NamedTuple, Optional
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20  # a line, its newline included; longer ones close the connection
+MAX_DESCRIPTORS = 64  # a message
+MAX_REQUESTS = 64  # running at the same time on one connection
+
+# The name of an error is what code asks for; the number is JSON-RPC's.
+ERROR_CODES: Dict[str, int] = {
+    "parse_error": -32700,
+    "invalid_request": -32600,
+    "method_not_found": -32601,
+    "invalid_params": -32602,
+    "internal": -32603,
+    "repo_not_found": -32001,
+    "revision_not_found": -32002,
+    "entry_not_found": -32003,
+    "gated_repo": -32004,
+    "local_entry_not_found": -32005,
+    "incomplete_snapshot": -32006,
+    "hub_unavailable": -32007,
+    "content_mismatch": -32008,
+    "unsafe_path": -32009,
+    "no_space": -32010,
+    "endpoint_not_allowed": -32011,
+    "unsupported_version": -32012,
+    "too_many": -32013,
+    "shutting_down": -32014,
+    "not_permitted": -32015,
+    "in_use": -32016,
+    "storage": -32017,
+    "token_refused": -32018,
+}
+
+
+class Hello(NamedTuple):
+    """First request of a connection: versions are exchanged before anything else."""
+
+    protocol: int
+    client: str = ""  # for logs: "modelcache/0.1.0"
+
+
+class HelloReply(NamedTuple):
+    protocol: int
+    version: str  # the daemon's
+    root: str
+    endpoint: str  # the hub it asks when a request names none
+    private: bool  # a user's own daemon: it may end with the job's container
+    pid: int
+
+
+class Fetch(NamedTuple):
+    """Asks for files of one repo; the reply's path shows exactly these. Reply: FetchReply (`plan`: PlanReply)."""
+
+    repo_id: str  # "name" or "org/name"
+    repo_type: str = "model"  # "model", "dataset" or "space"
+    revision: str = "main"  # branch, tag, "refs/pr/1" or a full commit hash
+    allow_patterns: Optional[List[str]] = None
+    ignore_patterns: Optional[List[str]] = None
+    filename: Optional[str] = None  # only this file, by its exact path in the repo; entry_not_found when it is not there
+    token: Optional[str] = None  # the caller's own
+    endpoint: Optional[str] = None  # None: the daemon's
+    force_download: bool = False  # ask the hub now, re-hash what is here, fetch what fails
+    local_files_only: bool = False  # no request to the hub
+    held: List[str] = []  # trees on which this process already holds a lease: no second one is sent
+    listing: bool = False  # also pass a descriptor of the commit's full listing
+    purpose: str = ""  # shown beside the lease: a command line, a task's pathspec
+
+
+class FetchReply(NamedTuple):
+    """Descriptors: the lease (when `leased`), then the listing (when asked for).
+
+    The listing is a JSON object {"commit": str, "files": [[path, size_bytes, git_oid, lfs_sha256 or null, xet_hash or null], ...]}.
+    """
+
+    path: str  # the view's folder
+    device: int  # st_dev and st_ino of `path` as the daemon sees it
+    inode: int
+    tree: str
+    commit: str
+    files: int
+    size_bytes: int
+    hub_bytes: int  # how many of these bytes came from the hub while this caller waited
+    seconds: float
+    leased: bool  # False: the caller said it holds one
+    warnings: List[str] = []
+
+
+class PlanReply(NamedTuple):
+    """What a Fetch with the same fields would do, without doing it (method `plan`, params: Fetch)."""
+
+    commit: str
+    tree: Optional[str]  # None: not known before the download
+    files: List[List[Any]]  # [path, size_bytes, is_cached]
+
+
+class Progress(NamedTuple):
+    """How a long call is getting on; sent to everybody who waits, late joiners too."""
+
+    phase: str  # "look up" | "list" | "download" | "verify" | "publish" | "paused"
+    done_bytes: int = 0
+    total_bytes: int = 0
+    rate: float = 0.0  # bytes a second, over the last seconds
+    source: str = ""  # "disk", "hub"
+    done_files: int = 0
+    total_files: int = 0
+    waiters: int = 0  # callers that wait for the same files, this one included
+    message: str = ""  # "hub asks to wait 30 s (429)"
+
+
+class List_(NamedTuple):
+    """What is on this node (method `ls`). Reply: {"repos": [Entry, ...]}."""
+
+    repo_id: Optional[str] = None
+
+
+class Entry(NamedTuple):
+    repo_id: str
+    repo_type: str
+    endpoint: str
+    revisions: List[str]  # names that point to this commit now
+    commit: str
+    tree: str
+    files: int
+    size_bytes: int
+    path: str
+    last_used: float  # seconds since the epoch
+    leases: int
+
+
+class Remove(NamedTuple):
+    """Removes a repo (one revision of it) from this node (method `rm`). Reply: RemoveReply. `in_use` while leased."""
+
+    repo_id: str
+    repo_type: str = "model"
+    revision: Optional[str] = None  # None: all of them
+    endpoint: Optional[str] = None
+
+
+class RemoveReply(NamedTuple):
+    trees: List[str]
+    freed_bytes: int
+
+
+class Verify(NamedTuple):
+    """Re-hashes what is on this node (method `verify`), with progress. Reply: VerifyReply."""
+
+    repo_id: Optional[str] = None  # None: every blob
+    repo_type: str = "model"
+
+
+class VerifyReply(NamedTuple):
+    blobs: int
+    size_bytes: int
+    damaged: List[str]  # SHA-256 of blobs that lied: quarantined, fetched again when next asked for
+    missing: List[str]  # SHA-256 of blobs that trees name and the disk has not
+
+
+class Status(NamedTuple):
+    """The daemon at a glance (method `status`). Reply: an object of plain values, documented in docs/api.md."""

@@ -1,0 +1,131 @@
+"""What users get: the wheel, in a virtualenv that has nothing else, and beside the daemon's dependencies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from .conftest import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+PACKAGES = ["modelcache", "modelcached"]
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Without the caller's Python settings: only the virtualenv says what can be imported. Warnings are errors."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean |= {"PYTHONWARNINGS": "error", **environment}
+    ran = subprocess.run([str(part) for part in command], env=clean, cwd="/", text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, f"{' '.join(map(str, command))}\n{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+class Install(NamedTuple):
+    bin: Path
+    site: Path
+
+    def python(self, code: str) -> str:
+        return run(self.bin / "python", "-c", code).strip()
+
+    @classmethod
+    def of(cls, wheel: Path, directory: Path) -> Install:
+        run(sys.executable, "-m", "venv", "--without-pip", directory)
+        pip = (sys.executable, "-m", "pip", "--python", directory / "bin" / "python")
+        run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, PYTHONWARNINGS="")
+        site = run(directory / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        return cls(directory / "bin", Path(site.strip()))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, because setuptools writes beside its sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("daemon", "sdk", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    build = ("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)
+    run(sys.executable, "-m", "pip", *build, PYTHONWARNINGS="")
+    (built,) = target.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdk_alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Install:
+    return Install.of(wheel, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def with_daemon(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Install:
+    """The extras come from this interpreter's own site-packages, behind the wheel, so nothing is downloaded."""
+    made = Install.of(wheel, tmp_path_factory.mktemp("daemon"))
+    (made.site / "extras.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return made
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (top_level,) = (name for name in names if name.endswith(".dist-info/top_level.txt"))
+        # Metaflow finds its extensions by this file.
+        tops = archive.read(top_level).decode().split()
+    assert sorted(tops) == sorted(PACKAGES + ["metaflow_extensions"] * (ROOT / "sdk" / "metaflow_extensions").exists())
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(tops)
+    assert not [name for name in names if name.endswith(".pyc") or "/tests/" in name or "/test_" in name]
+    for root in ("daemon", "sdk"):
+        modules = {str(path.relative_to(ROOT / root)) for path in (ROOT / root).rglob("*.py")}
+        assert modules <= set(names)
+
+
+def test_wheel_licence_and_dependencies(sdk_alone: Install) -> None:
+    wanted = "from importlib.metadata import requires; print([line for line in requires('modelcached') if 'extra ==' not in line])"
+    assert sdk_alone.python(wanted) == "[]"
+    assert sdk_alone.python("from importlib.metadata import metadata; print(metadata('modelcached')['License-Expression'])") == "Apache-2.0"
+    assert list(sdk_alone.site.glob("modelcached-*.dist-info/licenses/LICENSE"))
+
+
+def test_one_version_everywhere(sdk_alone: Install) -> None:
+    versions = "from importlib.metadata import version; import modelcache, modelcached; "
+    versions += "print(len({version('modelcached'), modelcache.__version__, modelcached.__version__}))"
+    assert sdk_alone.python(versions) == "1"
+
+
+def test_sdk_alone_imports_only_the_standard_library(sdk_alone: Install) -> None:
+    code = "import sys, modelcache; print(modelcache.__file__); "
+    code += "assert {name.partition('.')[0] for name in sys.modules} - {'modelcache', '__main__'} <= set(sys.stdlib_module_names)"
+    assert Path(sdk_alone.python(code)).is_relative_to(sdk_alone.site)
+
+
+def test_sdk_alone_has_a_command(sdk_alone: Install) -> None:
+    assert "pull" in run(sdk_alone.bin / "modelcache", "--help")
+
+
+def test_daemon_without_its_extra_says_what_to_install(sdk_alone: Install) -> None:
+    ran = subprocess.run([sdk_alone.bin / "modelcached", "serve"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode != 0
+    assert "modelcached[daemon]" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_daemon_with_its_extra(with_daemon: Install) -> None:
+    version = with_daemon.python("import modelcached; print(modelcached.__version__)")
+    assert version in run(with_daemon.bin / "modelcached", "version")
+    assert Path(with_daemon.python("import modelcached; print(modelcached.__file__)")).is_relative_to(with_daemon.site)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_quick_tests_pass_against_the_wheel(with_daemon: Install) -> None:
+    assert Path(with_daemon.python("import modelcache; print(modelcache.__file__)")).is_relative_to(with_daemon.site)
+    print(run(with_daemon.bin / "python", "-m", "pytest", "-q", "-m", "not slow and not soak", "--rootdir", ROOT, ROOT / "tests"))
