@@ -61,7 +61,7 @@ async def _run(options: argparse.Namespace) -> None:
         await hub.start(options.port)
         endpoint = hub.url
         hosts.append(hub)
-    control = web.ServerRunner(web.Server(Control(catalogue, shelf, faults, hosts)))  # type: ignore[arg-type]
+    control = web.ServerRunner(web.Server(Control(catalogue, shelf, faults, hosts)))
     await control.setup()
     site = web.TCPSite(control, "127.0.0.1", 0)
     await site.start()

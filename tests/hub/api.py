@@ -147,7 +147,7 @@ class Api:
         headers = {
             "X-Repo-Commit": commit.sha,
             "Content-Disposition": f"inline; filename*=UTF-8''{quote(filename)}; filename=\"{quote(filename)}\";",
-            "Access-Control-Expose-Headers": "X-Repo-Commit,X-Request-Id,X-Error-Code,X-Error-Message,ETag,Link,Accept-Ranges,Content-Range",
+            "Access-Control-Expose-Headers": "X-Repo-Commit,X-Error-Code,X-Error-Message,ETag,Link,Accept-Ranges,Content-Range",
         }
         linked = {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.sha256 or blob.oid}"', "Accept-Ranges": "bytes"}
         if blob.sha256 is not None:
@@ -179,7 +179,7 @@ class Api:
     def _whoami(self, ask: _Ask) -> Answer:
         if ask.token is None:
             raise Refused(401, None, "Invalid username or password.")
-        return Answer.json({"type": "user", "id": "0", "name": "somebody", "fullname": "Somebody", "orgs": [], "auth": {"type": "access_token"}})
+        return Answer.json({"type": "user", "id": "0", "name": "somebody", "orgs": [], "auth": {"type": "access_token"}})
 
 
 def _join_ref(rest: list[str]) -> list[str]:

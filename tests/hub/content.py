@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, NamedTuple, Protocol
 
 IN_MEMORY_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
@@ -43,8 +43,8 @@ class Random:
         return self.size
 
 
-Source = Union[bytes, Random, Path]
-Body = Union[bytes, Random, Path]  # what a response can be made of; a Path is sent by the kernel
+Source = bytes | Random | Path
+Body = bytes | Random | Path  # what a response can be made of; a Path is sent by the kernel
 
 
 class _Hash(Protocol):
@@ -78,6 +78,15 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
+def many_path(number: int, folder: int) -> str:
+    """The path of file `number` of commit_many: `folder` files in each folder; 0: all in one."""
+    return f"{number // folder:05}/{number:07}.txt" if folder else f"{number:07}.txt"
+
+
+def many_content(repo_id: str, number: int, size: int) -> Random:
+    return Random(f"{repo_id}:{number}", size)
+
+
 class Shelf:
     """The content on disk: `lfs/ab/<sha256>` (all that the second host needs) and `git/<id>` for large files outside LFS."""
 
@@ -92,7 +101,7 @@ class Shelf:
     def put(self, source: Source, lfs: bool) -> Blob:
         size = source.stat().st_size if isinstance(source, Path) else len(source)
         if lfs:
-            sha256, _ = self._write(source, hashlib.sha256(), lambda name: self.lfs_path(name))
+            sha256, _ = self._write(source, hashlib.sha256(), self.lfs_path)
             pointer = lfs_pointer(sha256, size)
             return Blob(git_blob_id(pointer), size, sha256, len(pointer), self.lfs_path(sha256))
         if size > IN_MEMORY_BYTES:
@@ -102,13 +111,13 @@ class Shelf:
             source = source.read_bytes()
         return Blob(git_blob_id(bytes(source)), size, None, 0, source)  # a small Random stays one: 100,000 of them cost no memory
 
-    def _write(self, source: Source, name_hash: _Hash, place: Any) -> tuple[str, Path]:
+    def _write(self, source: Source, name_hash: _Hash, place: Callable[[str], Path]) -> tuple[str, Path]:
         descriptor, temp = tempfile.mkstemp(dir=self._state)
         with open(descriptor, "wb", buffering=0) as file:
             for chunk in _chunks(source):
                 name_hash.update(chunk)
                 file.write(chunk)
-        path: Path = place(name_hash.hexdigest())
+        path = place(name_hash.hexdigest())
         path.parent.mkdir(exist_ok=True)
         os.replace(temp, path)
         return name_hash.hexdigest(), path

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .content import Blob, Random, Shelf, Source
+from .content import Blob, Random, Shelf, Source, many_content, many_path
 from .faults import Fault, Faults
 from .repos import Catalogue, Repo
 from .wire import Host
@@ -126,7 +126,11 @@ class Control:
 
     async def verb_wait(self, host: str, timeout: float, **condition: Any) -> None:
         (log,) = (one.log for one in self._hosts if one.log.host == host)
-        await asyncio.wait_for(log.wait(**condition), timeout)
+        try:
+            await asyncio.wait_for(log.wait(**condition), timeout)
+        except TimeoutError:
+            seen = log.select(condition["kind"], condition["match"])
+            raise TimeoutError(f"{timeout} s: {len(seen)} requests, {sum(one.bytes_sent for one in seen)} bytes") from None
 
     async def verb_reset_log(self) -> None:
         for host in self._hosts:
@@ -151,15 +155,6 @@ class Control:
         name = path.rpartition("/")[2]
         is_lfs = any(fnmatch.fnmatchcase(name, pattern) or path == pattern for pattern in (LFS_PATTERNS if lfs is None else lfs))
         return self._shelf.put(content, is_lfs or (lfs is None and size >= LFS_BYTES))
-
-
-def many_path(number: int, folder: int) -> str:
-    """The path of file `number` of commit_many: `folder` files in each folder; 0: all in one."""
-    return f"{number // folder:05}/{number:07}.txt" if folder else f"{number:07}.txt"
-
-
-def many_content(repo_id: str, number: int, size: int) -> Random:
-    return Random(f"{repo_id}:{number}", size)
 
 
 def _check(path: str) -> None:

@@ -14,7 +14,7 @@ CONTENT_KINDS = ("resolve", "cache", "lfs")
 
 INSTEAD = ("429", "ratelimit", "5xx", "expired", "hang")  # met instead of an answer
 IN_BODY = ("reset", "short", "stall", "wrong")  # met in the middle of a body
-KINDS = (*INSTEAD, *IN_BODY, "no_range", "slow", "down")
+KINDS = (*INSTEAD, *IN_BODY, "no_range", "gzip", "slow", "down")
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Fault:
             return request.is_match(None, self.match)
         if self.kind == "expired":
             return request.kind == "lfs"
+        if self.kind == "gzip":
+            return request.kind in ("resolve", "cache")
         return self.kind in INSTEAD or request.kind in CONTENT_KINDS
 
 
@@ -68,11 +70,11 @@ class Faults:
 
     def __init__(self, rate: float = 0.0) -> None:
         self._rate = rate
+        self.calmed = asyncio.Event()
         self.calm()
 
     def calm(self) -> None:
-        if hasattr(self, "calmed"):
-            self.calmed.set()
+        self.calmed.set()
         self.calmed = asyncio.Event()
         self._faults: list[Fault] = []
         self._pace = Pace(self._rate, self.calmed) if self._rate else None

@@ -1,7 +1,7 @@
 """`Hub`: a running hub, in the hands of a test or a benchmark.
 
-Invariants: the hub is a process of its own (kill -9 of the test ends it too), is ended by its pid, and is told what to do on a port outside its
-URL space. Only the standard library is used here.
+Invariants: the hub is a process of its own (kill -9 of the test ends it too), is ended by its pid, and is told what to do on a
+port outside its URL space. Only the standard library is used here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ END_SECONDS = 5.0
 
 _ROOT = Path(__file__).resolve().parents[2]
 
-Files = Mapping[str, "Source | str | None"] | Iterable[tuple[str, "Source | str | None"]]
+Content = Source | str | None
+Files = Mapping[str, Any] | Iterable[tuple[str, Content]]  # Any: a Mapping's values do not vary with it in mypy's eyes
 
 
 class HubError(Exception):
@@ -38,8 +39,7 @@ class Hub:
 
     def __init__(self, processes: list[subprocess.Popen[str]], lines: list[dict[str, str]]) -> None:
         self._processes = processes
-        self._controls = {"hub": _Control(lines[-1]["control"])}  # by host
-        self._controls["lfs"] = _Control(lines[0]["control"]) if len(lines) > 1 else self._controls["hub"]
+        self._controls = {"hub": lines[-1]["control"], "lfs": lines[0]["control"]}  # by host
         self.endpoint = lines[-1]["endpoint"]
         self.lfs_url = lines[-1]["lfs"]
         self.pid = processes[-1].pid
@@ -77,8 +77,6 @@ class Hub:
             raise
 
     def close(self) -> None:
-        for control in self._controls.values():
-            control.close()
         _end(self._processes)
 
     def __enter__(self) -> Hub:
@@ -109,7 +107,7 @@ class Hub:
         settings stays as it was. `hostile` lists the (path, content) pairs as they are: "..", absolute, NUL, twice, file and folder.
         """
         pairs = files.items() if isinstance(files, Mapping) else files
-        return self._ask(
+        return self._name(
             "commit",
             repo_id=repo_id,
             repo_type=repo_type,
@@ -125,10 +123,18 @@ class Hub:
         )
 
     def commit_many(
-        self, repo_id: str, count: int, size: int = 64, *, repo_type: str = "model", equal: bool = False, lfs: bool = False, folder: int = 1000
+        self,
+        repo_id: str,
+        count: int,
+        size: int = 64,
+        *,
+        repo_type: str = "model",
+        equal: bool = False,
+        lfs: bool = False,
+        folder: int = 1000,
     ) -> str:
         """`count` files with content many_content(repo_id, i, size) at many_path(i, folder); `equal`: all with that of file 0."""
-        return self._ask(
+        return self._name(
             "commit_many",
             repo_id=repo_id,
             repo_type=repo_type,
@@ -144,7 +150,7 @@ class Hub:
         )
 
     def tag(self, repo_id: str, tag: str, revision: str = "main", *, repo_type: str = "model") -> str:
-        return self._ask("tag", repo_id=repo_id, repo_type=repo_type, tag=tag, revision=revision)
+        return self._name("tag", repo_id=repo_id, repo_type=repo_type, tag=tag, revision=revision)
 
     def access(
         self,
@@ -176,7 +182,7 @@ class Hub:
         """Switches a fault on, until calm() or for `times` requests. Kinds and details: `Fault` in faults.py.
 
         "429", "ratelimit" (retry_after), "5xx" (status), "expired" (403 of the LFS host), "hang": instead of an answer.
-        "reset", "short", "stall", "wrong": `after` so many bytes of a body. "no_range"; "slow" (rate, per_connection).
+        "reset", "short", "stall", "wrong": `after` so many bytes of a body. "no_range"; "gzip"; "slow" (rate, per_connection).
         "down": connections are refused, open ones reset (match: "hub" or "lfs", else both).
         `match` is a regular expression, searched in "KIND METHOD PATH FILE".
         """
@@ -209,54 +215,34 @@ class Hub:
         """Returns when so many requests of this kind came (`over`: are answered) and so many bytes went out for them. No polling."""
         host = host or ("lfs" if kind == "lfs" else "hub")
         condition = {"requests": requests, "bytes_sent": bytes_sent, "kind": kind, "match": match, "over": over}
-        control = _Control(self._controls[host].url)  # a connection of its own: others may talk meanwhile
-        try:
-            control.ask("wait", {"host": host, "timeout": timeout, **condition}, timeout + 5)
-        finally:
-            control.close()
+        _tell(self._controls[host], "wait", {"host": host, "timeout": timeout, **condition}, timeout + 5)
 
     def reset_log(self) -> None:
         self._ask_all("reset_log")
 
     def _ask(self, verb: str, **arguments: Any) -> Any:
-        return self._controls["hub"].ask(verb, arguments)
+        return _tell(self._controls["hub"], verb, arguments)
+
+    def _name(self, verb: str, **arguments: Any) -> str:
+        return str(self._ask(verb, **arguments))
 
     def _ask_all(self, verb: str, **arguments: Any) -> list[Any]:
-        return [control.ask(verb, arguments) for control in dict.fromkeys(self._controls.values())]
+        return [_tell(control, verb, arguments) for control in dict.fromkeys(self._controls.values())]
 
     def __repr__(self) -> str:
         return f"<Hub {self.endpoint} pid {self.pid}>"
 
 
-class _Control:
-    """The connection to a process's control port."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._lock = threading.Lock()
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc)
-
-    def ask(self, verb: str, arguments: dict[str, Any], timeout: float = 600.0) -> Any:
-        with self._lock:
-            if self._connection.sock is not None:
-                self._connection.sock.settimeout(timeout)
-            self._connection.timeout = timeout
-            try:
-                self._connection.request("POST", f"/{verb}", json.dumps(arguments))
-                answer = json.loads(self._connection.getresponse().read())
-            except http.client.RemoteDisconnected:  # it was idle for too long: the request was not taken
-                self._connection.close()
-                self._connection.request("POST", f"/{verb}", json.dumps(arguments))
-                answer = json.loads(self._connection.getresponse().read())
-            except BaseException:
-                self._connection.close()
-                raise
-        if "error" in answer:
-            raise HubError(f"{verb}: {answer['error']}")
-        return answer["value"]
-
-    def close(self) -> None:
-        self._connection.close()
+def _tell(control: str, verb: str, arguments: dict[str, Any], timeout: float = 600.0) -> Any:
+    connection = http.client.HTTPConnection(urlsplit(control).netloc, timeout=timeout)
+    try:
+        connection.request("POST", f"/{verb}", json.dumps(arguments))
+        answer = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    if "error" in answer:
+        raise HubError(f"{verb}: {answer['error']}")
+    return answer["value"]
 
 
 def _launch(arguments: list[str], folder: Path, processes: list[subprocess.Popen[str]], lines: list[dict[str, str]]) -> None:

@@ -102,13 +102,16 @@ def _call(name: str, arguments: dict[str, Any]) -> Outcome:
     return Outcome(path, {shown: hashlib.sha256(Path(path).read_bytes()).hexdigest()})
 
 
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
 def _main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         ask = json.loads(line)
         outcome = _call(ask["call"], ask["arguments"])
-        plain = json.dumps(vars(outcome), default=lambda value: asdict(value) if is_dataclass(value) else str(value))  # type: ignore[call-overload]
-        answers.write(plain + "\n")
+        answers.write(json.dumps(vars(outcome), default=_plain) + "\n")
         answers.flush()
 
 

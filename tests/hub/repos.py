@@ -39,7 +39,7 @@ class Commit:
 
     def __init__(self, entries: list[tuple[str, Blob]], parent: Commit | None, title: str, number: int, hostile: bool) -> None:
         self.title = title
-        self.parent = parent
+        self.parent: Commit | None = parent
         self.entries = entries
         self.time = FIRST_COMMIT_TIME + 60 * number
         self._by_path = dict(reversed(entries))  # of two with the same name the first
@@ -51,7 +51,7 @@ class Commit:
         lines = [f"tree {tree}", *([f"parent {parent.sha}"] if parent else [])]
         lines += [f"{who} {_AUTHOR} {self.time} +0000" for who in ("author", "committer")]
         text = ("\n".join(lines) + f"\n\n{title}\n").encode()
-        self.sha = hashlib.sha1(b"commit %d\0" % len(text) + text).hexdigest()
+        self.sha: str = hashlib.sha1(b"commit %d\0" % len(text) + text).hexdigest()
 
     @property
     def date(self) -> str:

@@ -1,13 +1,14 @@
 """From an answer to bytes on a connection: ranges, faults, pace, counting; and the hosts that listen.
 
-Invariants: every body byte of a file goes through the kernel (sendfile on a duplicate of the connection's descriptor), so a benchmark measures
-the client, and what is counted is what the kernel took. A host that is down keeps its port.
+Invariants: a file's bytes go through the kernel alone (sendfile on a duplicate of the connection's descriptor), so a benchmark
+measures the client, and what is counted is what the kernel took. A host that is down keeps its port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class Host:
         self._reserved = socket.socket()  # bound, never listening: nobody else gets the port while the host is down
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind((self._address, port))
-        self._server = web.Server(self._handle, handler_cancellation=True, access_log=None)  # type: ignore[arg-type]
+        self._server = web.Server(self._handle, handler_cancellation=True, access_log=None)
         await self.up()
 
     @property
@@ -123,6 +124,8 @@ class Host:
                 if status != 200:
                     headers["Content-Range"] = f"bytes {f'{start}-{end - 1}' if status == 206 else '*'}/{answer.size}"
         record.status = status
+        if status == 200 and answer.etag and "gzip" in request.headers.get("Accept-Encoding", "") and self._faults.meet(record, ("gzip",)):
+            return await self._compress(request, answer, record, headers)
         fault = self._faults.meet(record, IN_BODY, end - start)
         pace = self._faults.pace(record)
         if isinstance(answer.body, Path) or fault is not None or pace is not None or end - start > IN_MEMORY_BYTES:
@@ -134,6 +137,20 @@ class Host:
         await response.prepare(request)
         await response.write_eof()  # headers and body in one write, which the kernel takes whole
         record.bytes_sent = len(body) if request.method != "HEAD" else 0
+        return response
+
+    async def _compress(self, request: web.BaseRequest, answer: Answer, record: Request, headers: dict[str, str]) -> web.StreamResponse:
+        """As the real hub answers for text when it is allowed to: compressed, and so without a length, a range or a strong ETag."""
+        body = gzip.compress(answer.body.read_bytes() if isinstance(answer.body, Path) else bytes(answer.body))
+        headers = {**headers, "Content-Encoding": "gzip", "ETag": "W/" + headers["ETag"]}
+        headers.pop("Accept-Ranges")
+        response = web.StreamResponse(headers=headers)
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        if request.method != "HEAD":
+            await response.write(body)
+            record.bytes_sent = len(body)
+        await response.write_eof()
         return response
 
     async def _stream(
@@ -209,11 +226,11 @@ class _Pipe:
         """Returns when the client's kernel has everything that was sent, or does not want it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + DRAIN_SECONDS
-        while struct.unpack("i", fcntl.ioctl(self._out, termios.TIOCOUTQ, b"\0" * 4))[0] and loop.time() < deadline:
+        while struct.unpack("i", fcntl.ioctl(self._out, termios.TIOCOUTQ, b"\0" * 4))[0] and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # there is no event for it
 
     async def _push(self, start: int, count: int, pace: Pace | None) -> int:
-        while self._transport.get_write_buffer_size():
+        while self._transport.get_write_buffer_size():  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # the headers did not fit: the kernel's buffer is full of the answer before
         while True:
             try:
@@ -234,7 +251,7 @@ class _Pipe:
 async def _writable(descriptor: int) -> None:
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(descriptor, lambda: waiter.done() or waiter.set_result(None))
+    loop.add_writer(descriptor, lambda: None if waiter.done() else waiter.set_result(None))
     try:
         await waiter
     finally:
