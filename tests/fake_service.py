@@ -42,7 +42,7 @@ class Named(NamedTuple):
 
 
 class Count(NamedTuple):
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # shadows tuple.count, as Python allows
 
 
 class Nothing(NamedTuple):
@@ -194,12 +194,16 @@ class Client:
     def __init__(self, path: Path | str, hello: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(DEADLINE_SECONDS)
-        self.socket.connect(str(path))
         self._buffer = b""
         self._descriptors: list[int] = []
         self._id = 0
-        if hello:
-            self.welcome = self.call("hello", protocol=PROTOCOL_VERSION)["result"]
+        try:
+            self.socket.connect(str(path))
+            if hello:
+                self.welcome = self.call("hello", protocol=PROTOCOL_VERSION)["result"]
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Client:
         return self
@@ -214,7 +218,8 @@ class Client:
         if descriptors:
             sent = self.socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
             data = data[sent:]
-        self.socket.sendall(data)
+        if data:
+            self.socket.sendall(data)
 
     def request(self, method: str, descriptors: Sequence[int] = (), /, **params: Any) -> int:
         self._id += 1
@@ -301,8 +306,8 @@ class Daemon:
         ended = os.pidfd_open(self.process.pid)
         try:
             while True:
-                readable, _, _ = select.select([self._notices, ended], [], [], DEADLINE_SECONDS)
-                assert self._notices in readable, self.log.read_text()
+                readable, _, _ = select.select([self._notices.fileno(), ended], [], [], DEADLINE_SECONDS)
+                assert self._notices.fileno() in readable, self.log.read_text()
                 self.notices += self._notices.recv(4096).decode().splitlines()
                 if notice in self.notices:
                     return

@@ -23,7 +23,6 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from modelcache.protocol import PROTOCOL_VERSION
 
 from . import __version__, arguments, config, listen, logs
-from .build import build_service
 from .config import Config, ConfigError
 from .connection import Service, Traffic
 from .errors import InUse, ModelcachedError
@@ -53,7 +52,7 @@ class Builder(Protocol):
     ) -> Awaitable[Service]: ...
 
 
-def main(words: Sequence[str] | None = None, build: Builder = build_service) -> int:
+def main(words: Sequence[str] | None = None, build: Builder | None = None) -> int:
     asked = arguments.parser().parse_args(words)
     if asked.command == "version":
         return _version(asked.json)
@@ -64,7 +63,14 @@ def main(words: Sequence[str] | None = None, build: Builder = build_service) -> 
     if asked.command == "check-config":
         return _show(settings, asked.json)
     logs.start(asked.log_format, asked.log_level)
-    return serve(settings, build)
+    return serve(settings, build or _build_service())
+
+
+def _build_service() -> Builder:
+    """Imported when it is needed: the hub's client takes longer to import than the other commands to run."""
+    from .build import build_service
+
+    return build_service
 
 
 # ---- serve
@@ -111,11 +117,11 @@ async def _serve(settings: Config, build: Builder, listener: listen.Listener, no
             notifier.ready()
             notifier.status("serving")
             await stop.wait()
+            server.stop_accepting()
+            listener.close()
             notifier.stopping()
             notifier.status("ending")
             logger.info("ending", extra=traffic.counts())
-            server.stop_accepting()
-            listener.close()
             await server.drain(settings.shutdown_seconds)
 
 

@@ -46,9 +46,8 @@ class Blobs:
 
     async def adopt(self, source: Path, digest: Digest) -> None:
         """Publishes a complete, verified private file; `source` is gone afterwards."""
-        staged = durable.Staged(source, self._layout.blob(digest))
         with disk_errors(f"publishing {digest[:12]}"):
-            await self._pool.run(durable.publish, [staged], self._syncing.map)
+            await self._pool.run(self._publish, {digest: source})
 
     async def add(self, data: bytes, digest: Digest) -> None:
         """Publishes small verified bytes. Calls that come while a batch is being synced make up the next one."""
@@ -78,23 +77,31 @@ class Blobs:
                 if not done.done():
                     done.set_exception(error)
                     done.exception()  # retrieved: the caller may have left
+        except BaseException:
+            for *_, done in batch:
+                done.cancel()
+            raise
         else:
             for *_, done in batch:
                 if not done.done():
                     done.set_result(None)
 
     def _write_batch(self, batch: dict[Digest, bytes]) -> None:
-        staged = []
+        sources = {digest: self._layout.fresh("blob") for digest in batch}
         try:
             for digest, data in batch.items():
-                source = self._layout.fresh("blob")
-                staged.append(durable.Staged(source, self._layout.blob(digest)))
-                source.write_bytes(data)
+                sources[digest].write_bytes(data)
+            self._publish(sources)
         except BaseException:
-            for file in staged:
-                file.source.unlink(missing_ok=True)
+            for source in sources.values():
+                source.unlink(missing_ok=True)
             raise
-        durable.publish(staged, self._syncing.map)
+
+    def _publish(self, sources: dict[Digest, Path]) -> None:
+        for digest, source in sources.items():
+            if not self.has(digest, source.stat().st_size):
+                self.check(digest)  # a blob that lies must not keep the good one from its name (I10)
+        durable.publish([durable.Staged(source, self._layout.blob(digest)) for digest, source in sources.items()], self._syncing.map)
 
     def check(self, digest: Digest) -> bool:
         """Re-hashes a blob (blocks). False: it lied and is in quarantine, or was not here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from .transfer import Transfer
 from .trees import Trees
 from .upkeep import Upkeep
 
+log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0  # dead leases' files are removed at least so often
 IO_THREADS = 4 + (os.cpu_count() or 1)  # pieces written and hashed at the same time: some wait for the disk
 
@@ -89,5 +91,8 @@ async def build_service(
 
 async def _sweep(leases: Leases) -> None:
     while True:
-        leases.held()
+        try:
+            leases.held()
+        except OSError as error:  # out of descriptors, say: the next sweep will do
+            log.warning("dead leases could not be swept", extra={"error": str(error)})
         await asyncio.sleep(SWEEP_SECONDS)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple
 
 from .blobs import Blobs
@@ -118,11 +118,12 @@ class Fetch:
 
     async def get(self, ask: Ask, report: Report, warn: Warn) -> Got:
         """The view of what was asked for, every byte of it checked."""
-        selection, is_private = await self._select(ask, warn)
+        with self._told_of_pauses(ask.repo, report):
+            selection, is_private = await self._select(ask, warn)
         shown = self._shown.get(selection)
         if shown is not None and not ask.force and await self._is_as_published(selection, shown):
             return Got(shown, selection.commit, is_private, 0)
-        key = (selection, ask.token if is_private else None, ask.force, ask.local)
+        key = (selection, ask.token, ask.force, ask.local)  # one bad token spoils nobody else's fetch
         assembly = self._assemblies.board(key, lambda: Assembly(self, selection, ask))
         meter, before = assembly.meter, assembly.meter.received_bytes
         meter.reports.append(report)
@@ -276,8 +277,9 @@ class Fetch:
         disk = os.statvfs(self._layout.root)
         free = disk.f_bavail * disk.f_frsize
         if size > free - self._min_free:
+            kept = f"and keeps {_gib(self._min_free)} free (min_free)"
             raise NoSpace(
-                f"{repo} needs {_gib(size)} more; {self._layout.root} has {_gib(free)} free, and keeps {_gib(self._min_free)} free (min_free)",
+                f"{repo} needs {_gib(size)} more; {self._layout.root} has {_gib(free)} free, {kept}",
                 "remove repos (modelcache ls, modelcache rm), ask for fewer files with patterns, or give the cache a larger disk",
                 needed_bytes=size,
                 free_bytes=free,
@@ -291,8 +293,7 @@ class Fetch:
         async def tick() -> None:
             while True:
                 await asyncio.sleep(TICK_SECONDS)
-                pause = self._hub.pauses.remaining(repo.endpoint)
-                meter.show(f"the hub asks to wait {pause:.0f} s more" if pause else "")
+                meter.show(self._pause(repo))
 
         ticking = asyncio.create_task(tick())
         try:
@@ -300,6 +301,29 @@ class Fetch:
             meter.show()
         finally:
             ticking.cancel()
+
+    @contextmanager
+    def _told_of_pauses(self, repo: Repo, report: Report) -> Iterator[None]:
+        """The same for one caller during a look-up. A timer instead of a task: nearly every look-up is answered from memory."""
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            nonlocal ticking
+            meter = Meter()
+            meter.reports.append(report)
+            meter.show(self._pause(repo))
+            ticking = loop.call_later(TICK_SECONDS, tick)
+
+        ticking = loop.call_later(TICK_SECONDS, tick)
+        try:
+            yield
+        finally:
+            ticking.cancel()
+
+    def _pause(self, repo: Repo) -> str:
+        """Why nothing happens right now, in words; empty if there is no reason."""
+        seconds = self._hub.pauses.remaining(repo.endpoint)
+        return f"the hub asks to wait {seconds:.0f} s more" if seconds else ""
 
 
 def _selected(selection: Selection, files: Sequence[ListedFile]) -> list[ListedFile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # flock, inotify and hard links mean something else there: other hosts, or no kernel, stand behind them.
@@ -12,12 +13,12 @@ def filesystem_type(path: Path) -> str:
     """The type of the mount that holds `path` (which need not exist yet), e.g. "ext4", "nfs4", "fuse.sshfs"."""
     where = path.resolve()
     best, kind = -1, "unknown"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        mount = Path(fields.split()[4].encode().decode("unicode_escape"))
+    for line in Path("/proc/self/mountinfo").read_bytes().rstrip(b"\n").split(b"\n"):
+        fields, _, rest = line.partition(b" - ")
+        mount = Path(os.fsdecode(fields.split(b" ")[4].decode("unicode_escape").encode("latin-1")))  # "\\040" is a space
         depth = len(mount.parts)
         if depth >= best and (where == mount or mount in where.parents):
-            best, kind = depth, rest.split()[0]
+            best, kind = depth, rest.split()[0].decode()
     return kind
 
 

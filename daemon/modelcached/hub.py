@@ -67,7 +67,7 @@ class Pauses:
         return max(0.0, self._until.get(endpoint, 0.0) - time.monotonic())
 
     async def wait(self, endpoint: str) -> None:
-        while (seconds := self.remaining(endpoint)) > 0:
+        while (seconds := self.remaining(endpoint)) > 0:  # noqa: ASYNC110 - a pause can be prolonged while one waits
             await asyncio.sleep(seconds)
 
 

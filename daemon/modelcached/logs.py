@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 FORMATS = ("text", "json")
+CHATTY = ("httpx", "httpx2", "huggingface_hub")  # a line per request; what they ask stands in the fetch's own line
 LEVELS = ("debug", "info", "warning", "error")
 
 # uid and pid of the caller this task works for
@@ -52,6 +53,8 @@ def start(style: str, level: str, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(LineFormatter(style))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
 
 
 def _quoted(value: Any) -> str:

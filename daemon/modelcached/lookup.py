@@ -44,9 +44,10 @@ class Lookup:
 
     async def commit(self, repo: Repo, revision: str, token: str | None, warn: Warn, force: bool = False, local: bool = False) -> Commit:
         """The commit that `revision` means for this caller now."""
-        if is_commit(revision) and self._repos.visibility(repo) is not None and self._repos.has_listing(repo, Commit(revision)):
+        is_known = self._repos.visibility(repo) is not None  # else nobody can be permitted anything before the hub was asked
+        if is_known and is_commit(revision) and self._repos.has_listing(repo, Commit(revision)):
             return Commit(revision)
-        known = self._repos.ref(repo, revision)
+        known = self._repos.ref(repo, revision) if is_known else None
         if known is not None and not force and known.age() < self._fresh_seconds:
             return Commit(known.commit)
         if local or self._offline:
@@ -94,6 +95,7 @@ class Lookup:
         try:
             answer = await self._hub.look_up(repo, revision, token, attempts)
         except (RepoNotFound, TokenRefused) as error:
+            self._verdicts.drop(self._verdict_key(repo, token))  # an earlier yes is over
             self._close(repo, error)
             raise
         self._repos.set_visibility(repo, answer.private, answer.gated)

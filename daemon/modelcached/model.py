@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NewType
+from urllib.parse import quote
 
 import msgspec
 
@@ -26,7 +27,8 @@ MAX_PATH_BYTES = 3072  # PATH_MAX less what a root and a view's name need
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO_ID = re.compile(r"(?:[A-Za-z0-9_][\w\-.]{0,95}/)?[A-Za-z0-9_][\w\-.]{0,95}", re.ASCII)
+_REPO_ID = re.compile(r"(?:\w(?:[\w\-.]*\w)?/)?\w(?:[\w\-.]*\w)?", re.ASCII)
+MAX_REPO_ID = 96  # letters, as on the hub
 
 
 class Caller(NamedTuple):
@@ -141,8 +143,8 @@ def check_repo(endpoint: str, repo_type: str, repo_id: str) -> Repo:
     """The repo of that name; InvalidRequest tells what a name looks like."""
     if repo_type not in REPO_TYPES:
         raise InvalidRequest(f"unknown repo type {repo_type!r}", f"one of {', '.join(REPO_TYPES)}")
-    sound = _REPO_ID.fullmatch(repo_id) and not any(bad in repo_id for bad in ("--", "..")) and not repo_id.endswith((".git", "-", "."))
-    if not sound:
+    is_sound = len(repo_id) <= MAX_REPO_ID and _REPO_ID.fullmatch(repo_id) and not any(bad in repo_id for bad in ("--", ".."))
+    if not is_sound or repo_id.endswith(".git"):
         raise InvalidRequest(
             f"{repo_id!r} is no repo id", "a repo id is 'name' or 'organisation/name' with letters, digits, '-', '_' and '.'"
         )
@@ -150,7 +152,9 @@ def check_repo(endpoint: str, repo_type: str, repo_id: str) -> Repo:
 
 
 def check_revision(revision: str) -> str:
-    if not 0 < len(revision) <= 255 or any(ord(letter) < 32 or ord(letter) == 127 for letter in revision):
+    """A name that git allows and that stays one name on disk, quoted (`Layout.ref`)."""
+    is_sound = 0 < len(revision) <= 255 and revision not in (".", "..") and revision.isprintable()
+    if not is_sound or len(quote(revision, safe="")) > MAX_NAME_BYTES:
         raise InvalidRequest(f"{revision[:80]!r} is no revision", "a branch, a tag, 'refs/pr/1' or a commit hash")
     return revision
 
@@ -175,7 +179,7 @@ def check_paths(paths: Iterable[str], where: str) -> None:
             raise UnsafePath(
                 f"{where}: the file name {path[:200]!r} {problem}",
                 "the repo's owner has to rename it; other files can be had with patterns that leave it out",
-                path=path[:200],
+                path=path[:200].encode(errors="backslashreplace").decode(),  # can be sent, whatever it is
             )
 
 

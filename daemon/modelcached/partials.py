@@ -15,10 +15,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import durable
 from .layout import Layout
 from .model import Content, Digest
 
 READ_BYTES = 1 << 20
+MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # a slow line brings many small chunks
 
 
 class Partial:
@@ -33,17 +35,15 @@ class Partial:
         self._map = path.with_name(path.name + ".map")
         self._lock = threading.Lock()
         self._hashing = False
+        self._start_over()
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(path, 0o600)  # a daemon that was killed while it published left it read-only
         self._data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._lines = os.open(self._map, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._recover()
+            self._lines = os.open(self._map, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except BaseException:
             os.close(self._data)
-            raise
-        self._start_over()
-        try:
-            self._recover()
-        except BaseException:
-            self.close()
             raise
 
     @property
@@ -69,7 +69,8 @@ class Partial:
             crc = zlib.crc32(chunk, crc)
             length += len(chunk)
         _write_all(self._data, chunks, offset, length)
-        os.write(self._lines, b"%d %d %08x\n" % (offset, length, crc))
+        line = b"%d %d %08x\n" % (offset, length, crc)
+        _write_all(self._lines, [line], None, len(line))
         with self._lock:
             self._pieces[offset] = length
             self._done += length
@@ -110,20 +111,22 @@ class Partial:
             self._git = hashlib.sha1(b"blob %d\0" % self.content.size, usedforsecurity=False)
 
     def _recover(self) -> None:
-        """Believes what the map says as far as the bytes agree, and rewrites the map to just that."""
-        claims = sorted(_claims(os.pread(self._lines, os.fstat(self._lines).st_size, 0), self.content.size))
+        """Believes what the map says as far as the bytes agree, and replaces the map by one that says just that."""
+        try:
+            said = self._map.read_bytes()
+        except FileNotFoundError:
+            return
         kept: list[bytes] = []
         end = 0
-        for offset, length, crc in claims:
+        for offset, length, crc in sorted(_claims(said, self.content.size)):
             if offset < end or not self._holds(offset, length, crc):
                 continue
             end = offset + length
             self._pieces[offset] = length
             self._done += length
             kept.append(b"%d %d %08x\n" % (offset, length, crc))
-        if len(kept) != len(claims):
-            os.ftruncate(self._lines, 0)
-            _write_all(self._lines, [b"".join(kept)], None, sum(map(len, kept)))
+        if len(said) != sum(map(len, kept)):  # also when the last line is torn: the next one must not continue it
+            durable.record(self._map, b"".join(kept), self._map.with_suffix(".new"))
 
     def _holds(self, offset: int, length: int, crc: int) -> bool:
         """Whether the bytes on disk have this CRC; those that continue the front go into the hashes in the same pass."""
@@ -197,6 +200,8 @@ def _claims(raw: bytes, size: int) -> list[tuple[int, int, int]]:
 
 def _write_all(handle: int, chunks: Sequence[bytes], offset: int | None, length: int) -> None:
     """All of `chunks` at `offset` (None: appended). A short write is finished, however the kernel cut it."""
+    if len(chunks) > MAX_BUFFERS:
+        chunks = [b"".join(chunks)]
     written = os.writev(handle, chunks) if offset is None else os.pwritev(handle, chunks, offset)
     if written == length:
         return

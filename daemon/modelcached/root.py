@@ -34,6 +34,7 @@ def open_root(path: Path, private: bool) -> tuple[Layout, int]:
                 f"the root {path} lies on {filesystem_type(path)}, where locks and links can't be trusted",
                 "choose a root on a local disk (ext4, xfs, btrfs)",
             )
+        _check_version(layout)  # before anything is made in a folder that is not ours
         lock = _lock(layout)
         try:
             _check_version(layout)
@@ -80,7 +81,7 @@ def _check_version(layout: Layout) -> None:
 
 
 def _recover(layout: Layout) -> None:
-    """Makes what is missing and empties tmp/. Partial downloads stay; nothing else has to be looked at."""
+    """Makes what is missing and empties tmp/. Partial downloads stay, but for what a kill in the middle of their publication left."""
     for name in PRIVATE_FOLDERS:
         (layout.root / name).mkdir(mode=0o700, exist_ok=True)
     for name, mode in PUBLIC_FOLDERS.items():
@@ -91,6 +92,10 @@ def _recover(layout: Layout) -> None:
             durable.remove_tree(leftover)
         else:
             leftover.unlink()
+    for partial in sorted(layout.partials.iterdir()):
+        has_data = partial.suffix not in (".map", ".new") or partial.with_suffix("").exists()
+        if partial.suffix == ".new" or not has_data or partial.stat().st_nlink > 1:
+            partial.unlink()
     _probe_links(layout)
     if not layout.version.exists():
         for shard in layout.shards():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,7 +10,6 @@ from typing import Any
 
 from modelcache.protocol import (
     PROTOCOL_VERSION,
-    Fetch as FetchParams,
     FetchReply,
     HelloReply,
     List_,
@@ -18,10 +18,13 @@ from modelcache.protocol import (
     Status,
     Verify,
 )
+from modelcache.protocol import (
+    Fetch as FetchParams,
+)
 
 from . import __version__
 from .config import Config
-from .errors import EndpointNotAllowed, InvalidRequest, NotPermitted
+from .errors import EndpointNotAllowed, InvalidRequest, NotPermitted, disk_errors
 from .fetch import Ask, Fetch
 from .leases import Leases
 from .meter import Report
@@ -31,6 +34,7 @@ from .trees import Trees
 from .upkeep import Known, Upkeep
 
 MAX_PATTERNS = 1000
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -66,7 +70,8 @@ class Service:
 
     async def call(self, method: str, params: Any, caller: Caller, report: Report) -> Reply:
         _, verb = self._verbs[method]
-        return await verb(params, caller, report)
+        with disk_errors(f"serving {method}"):
+            return await verb(params, caller, report)
 
     def hello(self) -> HelloReply:
         return HelloReply(
@@ -84,11 +89,11 @@ class Service:
             # No await from here on: nothing can take the view away before the lease is held (I2).
             try:
                 found = os.stat(view)
+                self._trees.touch(name)
             except FileNotFoundError:
-                self._fetch.forget()  # removed between the fetch and here
+                self._fetch.forget()  # removed, or dropped as damaged, between the fetch and here
                 continue
             self._trees.admit(name, caller, got.is_private)
-            self._trees.touch(name)
             descriptors: tuple[int, ...] = () if name in params.held else (self._leases.grant(name, caller, params.purpose),)
             break
         try:
@@ -110,6 +115,17 @@ class Service:
             seconds=round(time.monotonic() - start, 6),
             leased=name not in params.held,
             warnings=warnings,
+        )
+        log.info(
+            "fetch",
+            extra={
+                "repo": str(ask.repo),
+                "commit": got.commit,
+                "files": reply.files,
+                "bytes": reply.size_bytes,
+                "hub_bytes": got.hub_bytes,
+                "seconds": reply.seconds,
+            },
         )
         return Reply(reply, descriptors)
 

@@ -50,9 +50,16 @@ class Flights(Generic[K, F, V]):
         if flight is not None:
             self.joined += 1
             return flight
-        flight = self._flying[key] = make()
+        flight, before = make(), self._ending.get(key)
+        flying = self._fly(key, flight, before)
+        try:
+            flight.task = self._group.create_task(flying)
+        except RuntimeError:  # the group takes no new tasks
+            flying.close()
+            raise _ending() from None
+        flight.task.add_done_callback(lambda _: self._land(key, flight, before))  # also when cancelled before its first step
+        self._flying[key] = flight
         self.started += 1
-        flight.task = self._group.create_task(self._fly(key, flight, self._ending.get(key)))
         return flight
 
     async def wait(self, key: K, flight: F) -> V:
@@ -82,22 +89,30 @@ class Flights(Generic[K, F, V]):
             if before is not None:
                 await asyncio.wait([before])
             result = await flight.work()
-        except asyncio.CancelledError:
-            _fail(flight, ShuttingDown("the daemon is ending", "ask again: what is on disk stays"))
-            raise
         except Exception as error:
             _fail(flight, error)
         else:
             if not flight.outcome.done():
                 flight.outcome.set_result(result)
         finally:
-            if self._flying.get(key) is flight:
-                del self._flying[key]
-            if self._ending.get(key) is flight.task:
-                del self._ending[key]
+            self._land(key, flight, before)
+
+    def _land(self, key: K, flight: F, before: asyncio.Task[None] | None) -> None:
+        """Forgets the flight. One that was stopped while it waited for `before` leaves its place to that one."""
+        _fail(flight, _ending())
+        if self._flying.get(key) is flight:
+            del self._flying[key]
+        if self._ending.get(key) is flight.task:
+            del self._ending[key]
+            if before is not None and not before.done():
+                self._ending[key] = before
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._flying)} flying, {len(self._ending)} ending>"
+
+
+def _ending() -> ShuttingDown:
+    return ShuttingDown("the daemon is ending", "ask again: what is on disk stays")
 
 
 def _fail(flight: Flight[V], error: Exception) -> None:

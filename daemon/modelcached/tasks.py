@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -38,9 +37,14 @@ class Pool:
 
 
 async def settled(future: asyncio.Future[T]) -> None:
-    """Waits until `future` is done, whatever its outcome and however often the caller is cancelled meanwhile."""
+    """Waits until `future` is done, whatever its outcome. A caller who is cancelled meanwhile is told so afterwards, not before."""
+    cancelled: asyncio.CancelledError | None = None
     while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
     if not future.cancelled():
         future.exception()
+    if cancelled is not None:
+        raise cancelled

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -71,7 +71,8 @@ class Budget:
             if turn.done() and not turn.cancelled():
                 self._give()  # it was our turn already: hand it on
             else:
-                queue.remove(turn)
+                with suppress(ValueError):  # `_give` has passed over it already
+                    queue.remove(turn)
             raise
 
     def _give(self) -> None:
@@ -112,6 +113,7 @@ class Transfer:
 
     async def after(self, source: Source, again: Again, failures: int) -> None:
         """Waits until the hub may be asked again, or gives up after so many failures in a row."""
+        source.location = None  # the next try asks the hub where the bytes are now
         if again.pause:
             self._hub.pauses.note(source.repo.endpoint, again.pause)
         if failures >= self._hub.attempts:
@@ -124,14 +126,18 @@ class Transfer:
 
         Again when asking later may help (also when the connection breaks inside the block), an error with a name when not.
         """
-        await self._hub.pauses.wait(source.repo.endpoint)
-        async with self.budget.connection(first):
-            with _broken_connections():
-                answer = await self._follow(source, span)
-                try:
-                    yield answer
-                finally:
-                    answer.release()
+        while True:
+            await self._hub.pauses.wait(source.repo.endpoint)
+            async with self.budget.connection(first):
+                if self._hub.pauses.remaining(source.repo.endpoint):
+                    continue  # the hub asked for it while we stood in the queue
+                with _broken_connections():
+                    answer = await self._follow(source, span)
+                    try:
+                        yield answer
+                    finally:
+                        answer.release()
+                return
 
     async def _follow(self, source: Source, span: Span | None) -> aiohttp.ClientResponse:
         home = URL(source.repo.endpoint).origin()

@@ -6,6 +6,7 @@ built aside and renamed into place, so it is there whole or not at all (I2). Who
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -55,8 +56,8 @@ class Trees:
         """Remembers that the tree is in use now."""
         now = time.time()
         if now - self._touched.get(name, 0.0) >= TOUCH_SECONDS:
-            self._touched[name] = now
             os.utime(self._layout.tree(name), (now, now))
+            self._touched[name] = now
 
     def last_used(self, name: TreeId) -> float:
         return self._layout.tree(name).stat().st_mtime
@@ -91,11 +92,15 @@ class Trees:
         try:
             building.mkdir(mode=0o700)
             self._fill(building, tree)
+            view = self._layout.view(name)
+            is_open, admitted = _is_open(view), acl.granted(view)  # those who use it now keep it
             discarded = self._set_aside(name)
-            durable.rename(building, self._layout.view(name))
+            durable.rename(building, view)
+            view.chmod(0o555 if is_open else 0o500)  # closed until `admit` opens it
+            if admitted and not is_open:
+                acl.grant(view, admitted)
             if discarded is not None:
                 durable.remove_tree(discarded)
-            self._layout.view(name).chmod(0o500)  # closed until `admit` opens it
         except BaseException:
             if building.exists():
                 durable.remove_tree(building)
@@ -118,11 +123,11 @@ class Trees:
     def admit(self, name: TreeId, caller: Caller, is_private: bool) -> None:
         """Opens the view's folder to everybody, or to this caller alone beside those admitted before (I8)."""
         view = self._layout.view(name)
-        mode = stat.S_IMODE(view.stat().st_mode)
+        is_open = _is_open(view)
         if not is_private:
-            if mode != 0o555:
+            if not is_open:
                 view.chmod(0o555)
-        elif mode != 0o555 and caller.uid not in (0, os.geteuid()):
+        elif not is_open and caller.uid not in (0, os.geteuid()):
             admitted = acl.granted(view)
             if caller.uid not in admitted and not acl.grant(view, admitted | {caller.uid}):
                 raise NotPermitted(
@@ -193,6 +198,13 @@ class Trees:
             durable.rename(fresh, shown)
         finally:
             folder.chmod(mode)
+
+
+def _is_open(view: Path) -> bool:
+    """Whether everybody may enter."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(view.stat().st_mode) == 0o555
+    return False
 
 
 def _make_folders(folder: Path, made: set[str]) -> None:
