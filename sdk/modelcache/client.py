@@ -9,21 +9,21 @@ Invariants:
 
 from __future__ import annotations
 
+import _socket as socket  # see connection
 import os
-import socket
 import stat
 import threading
 import time
-import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, TypeVar
 
-from . import __version__, launcher, runtime
+from . import __version__, runtime
 from .connection import Connection, OnProgress, Reply, known_fields
-from .errors import DaemonConnectionError, DaemonNotAvailableError, ModelcacheError, ProtocolError
+from .errors import DaemonConnectionError, DaemonNotAvailableError, ModelcacheError, ProtocolError, unavailable
 from .leases import Lease, Leases
 from .protocol import PROTOCOL_VERSION, Fetch, FetchReply, Hello, HelloReply, PlanReply
 
 _CONNECT_SECONDS = 30.0
+_HELLO_SECONDS = 5.0  # a daemon that listens gets so long to answer, however little patience there is for one that does not
 _SHORTEST_PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 0.5
 _MAX_LAUNCHES = 2  # a daemon that ends twice before it says hello will do so again
@@ -49,7 +49,7 @@ class Client:
         self._connected_to: Optional[str] = None
         self._connection: Optional[Connection] = None
         self._hello: Optional[HelloReply] = None
-        _clients.add(self)
+        _clients.append(self)
 
     def hello(self) -> HelloReply:
         """Who answers: the daemon's version, root, hub, pid."""
@@ -115,7 +115,7 @@ class Client:
             except DaemonConnectionError:
                 connection.close()
                 now = time.monotonic()
-                if not deadline or now - began > _connect_seconds():  # it had worked for a while: not the same failure again
+                if not deadline or now - began > _CONNECT_SECONDS:  # it had worked for a while: not the same failure again
                     deadline, pause = now + _connect_seconds(), _SHORTEST_PAUSE_SECONDS
                 if now > deadline:
                     raise
@@ -136,7 +136,7 @@ class Client:
         pause, launches = _SHORTEST_PAUSE_SECONDS, 0
         while True:
             try:
-                found = _dial(path, deadline)
+                found = _dial(path, max(deadline, time.monotonic() + _HELLO_SECONDS))
                 self._connected_to = path
                 return found
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, DaemonConnectionError) as error:
@@ -149,15 +149,15 @@ class Client:
             except ModelcacheError:
                 raise
             except OSError as error:
-                raise launcher.unavailable("no daemon can be reached at %s: %s" % (path, error.strerror or error)) from error
+                raise unavailable("no daemon can be reached at %s: %s" % (path, error.strerror or error)) from error
             if may_launch and launches >= _MAX_LAUNCHES and not isinstance(failure, BlockingIOError):
-                raise launcher.unavailable("the daemon that was started for you does not live; its log ends:\n%s" % launcher.last_words())
-            if may_launch and isinstance(failure, (FileNotFoundError, ConnectionRefusedError)) and launcher.launch():
+                raise unavailable("the daemon that was started for you does not live; its log ends:\n%s" % runtime.last_words())
+            if may_launch and isinstance(failure, (FileNotFoundError, ConnectionRefusedError)) and _launch():
                 launches += 1
                 continue
             is_missing = isinstance(failure, FileNotFoundError) and not may_launch and not is_expected
             if is_missing or time.monotonic() > deadline:
-                raise launcher.unavailable("no daemon listens at %s: %s" % (path, failure.strerror or failure)) from failure
+                raise unavailable("no daemon listens at %s: %s" % (path, failure.strerror or failure)) from failure
             time.sleep(pause * (1 + os.urandom(1)[0] / 256))  # 50 processes that wait for the same daemon do not knock at once
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -181,7 +181,7 @@ class Client:
         return "<Client %s %r %r>" % (self._connected_to or "not connected", self._connection, self.leases)
 
 
-_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
+_clients: List[Client] = []  # all there ever were: a process has one, seldom two
 _shared: List[Client] = []
 _shared_lock = threading.Lock()
 
@@ -199,7 +199,7 @@ def shared() -> Client:
 def _after_fork_in_child() -> None:
     global _shared_lock
     _shared_lock = threading.Lock()
-    for client in list(_clients):
+    for client in _clients:
         client._after_fork()
 
 
@@ -228,6 +228,12 @@ def _connect(sock: socket.socket, path: str) -> None:
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         raise DaemonNotAvailableError("%s is not a socket" % path, "set MODELCACHE_SOCKET to the daemon's socket")
     runtime.with_short_name(path, sock.connect)
+
+
+def _launch() -> bool:
+    from . import launcher  # seldom needed
+
+    return launcher.launch()
 
 
 def _fields(params: Any) -> Dict[str, Any]:

@@ -13,11 +13,11 @@ Invariants:
 
 from __future__ import annotations
 
-import array
+import _socket as socket  # the public one is made of enums, which take longer to import than the rest of this package
 import json
 import os
 import select
-import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -27,7 +27,8 @@ from .errors import DaemonConnectionError, InvalidRequestError, ModelcacheError,
 from .protocol import MAX_DESCRIPTORS, MAX_MESSAGE_BYTES, MAX_REQUESTS, Progress
 
 _READ_BYTES = 64 << 10
-_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+_INT_BYTES = 4  # of a descriptor in a message's ancillary data
+_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 
 OnProgress = Callable[[Progress], None]
 _Inbox = Deque[Tuple[Dict[str, Any], List[int]]]
@@ -162,7 +163,8 @@ class Connection:
         line = memoryview(json.dumps(message, separators=(",", ":")).encode() + b"\n")
         if len(line) > MAX_MESSAGE_BYTES:
             raise InvalidRequestError("the request has %d bytes, at most %d are allowed" % (len(line), MAX_MESSAGE_BYTES))
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        rights = b"".join(descriptor.to_bytes(_INT_BYTES, sys.byteorder) for descriptor in descriptors)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
         with self._sending:
             try:
                 while line:
@@ -180,9 +182,8 @@ class Connection:
             data, ancillary, flags, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
             for level, kind, payload in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    arrived = array.array("i")
-                    arrived.frombytes(payload[: len(payload) - len(payload) % arrived.itemsize])
-                    self._descriptors.extend(arrived)
+                    whole = len(payload) - len(payload) % _INT_BYTES
+                    self._descriptors.extend(memoryview(payload)[:whole].cast("i"))
             if flags & socket.MSG_CTRUNC:
                 raise ProtocolError("descriptors were lost on their way", "raise the limit of open files (ulimit -n)")
             if not data:

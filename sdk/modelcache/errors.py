@@ -199,3 +199,13 @@ def from_wire(error: Dict[str, Any]) -> ModelcacheError:
     made = kind(str(error.get("message", name)), hint, data)
     made.name = name
     return made
+
+
+def unavailable(message: str) -> DaemonNotAvailableError:
+    """The error that tells the three ways to get a daemon."""
+    return DaemonNotAvailableError(
+        message,
+        "one of these gives you a daemon: (1) pip install 'modelcached[daemon]' here (Python 3.11 or newer), and one is started for you; "
+        "(2) run the node's: systemctl enable --now modelcached; "
+        "(3) in a container, mount the node's socket and its cache (read-only), and set MODELCACHE_SOCKET to where the socket is",
+    )

@@ -13,7 +13,7 @@ import sys
 import warnings
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, TypeVar, Union, cast
 
-from . import client, files, hfcache, hub_errors, names, progress, tokens, views
+from . import client, names, tokens, views
 from .connection import read_all
 from .errors import DryRunError, LocalEntryNotFoundError, ModelcacheError
 from .protocol import Fetch
@@ -54,6 +54,8 @@ def _like_huggingface_hub(function: _Function) -> _Function:
         try:
             return function(*args, **kwargs)
         except ModelcacheError as error:
+            from . import hub_errors
+
             theirs = hub_errors.as_theirs(error)
             if theirs is error:
                 raise
@@ -238,7 +240,7 @@ def snapshot(
 
 def fetch(request: Fetch, tqdm_class: Optional[Any] = None) -> client.Fetched:
     """Fetches with progress and checks that the path is visible here; warnings go to the log. The lease is the caller's."""
-    reporter = progress.reporter(request.filename or request.repo_id, tqdm_class)
+    reporter = _reporter(request.filename or request.repo_id, tqdm_class)
     is_done = False
     try:
         fetched = client.shared().fetch(request, reporter)
@@ -300,12 +302,16 @@ def _place(request: Fetch, cache_dir: Optional[Folder], local_dir: Optional[Fold
     is_kept = False
     try:
         if local_dir is not None:
+            from . import files
+
             target = _real(local_dir)
             foreign = files.copy_tree(view, target)
             if foreign and request.filename is None:
                 views.warn(files.foreign_warning(target, foreign))
             return target
         if cache_dir is not None:
+            from . import hfcache
+
             return hfcache.fill_snapshot(
                 _real(cache_dir),
                 request.repo_id,
@@ -348,6 +354,15 @@ def _plan(request: Fetch, cache_dir: Optional[Folder], local_dir: Optional[Folde
         )
         for path, size_bytes, is_cached in plan.files
     ]
+
+
+def _reporter(label: str, tqdm_class: Optional[Any]) -> Any:
+    """None when nobody would see it: a warm process does not even load what draws."""
+    if tqdm_class is None and (sys.stderr is None or not sys.stderr.isatty()):
+        return None
+    from . import progress
+
+    return progress.reporter(label, tqdm_class)
 
 
 def _real(folder: Folder) -> str:

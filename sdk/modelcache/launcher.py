@@ -17,7 +17,7 @@ import sys
 from typing import Dict, List
 
 from . import runtime
-from .errors import DaemonNotAvailableError
+from .errors import unavailable
 
 _NEEDED = ("modelcached", "aiohttp", "huggingface_hub", "msgspec")  # the package comes with the SDK, what it needs does not
 _OLDEST_PYTHON = (3, 11)
@@ -50,16 +50,6 @@ _NOT_THE_DAEMONS = (
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 )
-
-
-def unavailable(message: str) -> DaemonNotAvailableError:
-    """The error that tells the three ways to get a daemon."""
-    return DaemonNotAvailableError(
-        message,
-        "one of these gives you a daemon: (1) pip install 'modelcached[daemon]' here (Python 3.11 or newer), and one is started for you; "
-        "(2) run the node's: systemctl enable --now modelcached; "
-        "(3) in a container, mount the node's socket and its cache (read-only), and set MODELCACHE_SOCKET to where the socket is",
-    )
 
 
 def refuse_if_impossible() -> None:
@@ -101,16 +91,6 @@ def launch() -> bool:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a fork in another thread may have copied the descriptor
     finally:
         os.close(lock)
-
-
-def last_words() -> str:
-    """The end of the private daemon's log, for the error message when it did not live."""
-    try:
-        with open(os.path.join(runtime.folder(), "daemon.log"), "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - 2000))
-            return "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
-    except OSError:
-        return ""
 
 
 def _somebody_listens(path: str) -> bool:

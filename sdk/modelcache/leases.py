@@ -85,12 +85,25 @@ class Leases:
         with _lock:
             return [tree for _, tree in self._held]
 
+    def close(self) -> None:
+        """Drops everything at once; handles that are still open close to no effect."""
+        with _lock:
+            while self._held:
+                os.close(self._held.popitem()[1].descriptor)
+
+    def descriptors(self) -> List[int]:
+        """Of all leases held now, for a process that is started with them: theirs to keep, not to close here."""
+        with _lock:
+            return [held.descriptor for held in self._held.values()]
+
     def _handle(self, key: Tuple[str, str]) -> Lease:
         self._held[key].handles += 1
         return Lease(self, key)
 
     def _drop(self, key: Tuple[str, str]) -> None:
-        held = self._held[key]
+        held = self._held.get(key)
+        if held is None:
+            return
         held.handles -= 1
         if not held.handles:
             del self._held[key]

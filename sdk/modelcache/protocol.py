@@ -16,8 +16,7 @@ Both sides import this module; the daemon validates what it gets strictly agains
 types and missing fields are `invalid_params`. Fields are only ever appended, with defaults: a newer daemon serves an older SDK.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: NamedTuple would compile each one on its own, 2 ms of every import.
 from typing import Any, Dict, List, NamedTuple, Optional
 
 PROTOCOL_VERSION = 1

@@ -58,6 +58,16 @@ def make_folder() -> str:
     return path
 
 
+def last_words() -> str:
+    """The end of the private daemon's log, for the error message when it did not live."""
+    try:
+        with open(os.path.join(folder(), "daemon.log"), "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 2000))
+            return "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
+    except OSError:
+        return ""
+
+
 def with_short_name(path: str, use: Callable[[str], _Result]) -> _Result:
     """Calls `use` with a name for the socket at `path` that the kernel takes, however deep its folder lies."""
     if len(os.fsencode(path)) <= _MAX_NAME_BYTES:

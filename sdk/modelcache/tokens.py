@@ -87,11 +87,14 @@ def _from_file() -> Optional[str]:
 
 def _expires_soon(token: str) -> bool:
     """Whether huggingface_hub would exchange this token for a fresh one first."""
+    path = os.path.join(os.path.dirname(token_path()), "stored_tokens")
+    if not os.path.exists(path):
+        return False
     from configparser import ConfigParser, Error
 
     stored = ConfigParser(interpolation=None)
     try:
-        stored.read(os.path.join(os.path.dirname(token_path()), "stored_tokens"), encoding="utf-8")
+        stored.read(path, encoding="utf-8")
         for name in stored.sections():
             fields = stored[name]
             if fields.get("hf_token") == token and "refresh_token" in fields:

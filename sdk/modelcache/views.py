@@ -13,7 +13,6 @@ import os
 import threading
 from typing import Dict, List, Tuple
 
-from . import files
 from .errors import NotPermittedError, ViewNotVisibleError
 from .protocol import FetchReply
 
@@ -75,6 +74,8 @@ def kept_copy(reply: FetchReply, root: str) -> str:
 
 def new_copy(view: str) -> str:
     """A private copy of the view in the temp folder, until `discard` or the end of the process."""
+    from . import files
+
     folder = os.path.join(_temp_folder(), "modelcache-%d-%s" % (os.getpid(), os.urandom(6).hex()))
     os.mkdir(folder, 0o700)
     if not _owned:
@@ -110,6 +111,8 @@ def _temp_folder() -> str:
 def _temp_can_clone(view: str) -> bool:
     key = (os.stat(view).st_dev, _temp_folder())
     if key not in _can_clone:
+        from . import files
+
         for _, entry in files.walk(view):
             if entry.is_file(follow_symlinks=False) and entry.stat().st_size:
                 try:
