@@ -51,13 +51,12 @@ bench: $(INSTALLED) ## ours against the peers, side by side
 lowest: $(VENV)-lowest/installed packages ## the quick tests with the lowest versions that pyproject.toml allows
 	$(VENV)-lowest/bin/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
 
-$(VENV)-lowest/installed: pyproject.toml .ci/venv .ci/lowest
-	@mkdir -p $(@D)-constraints
-	@python3 .ci/lowest > $(@D)-constraints/lowest.txt
-	@.ci/venv $(@D) daemon,cli,test $(@D)-constraints/lowest.txt
+$(VENV)-lowest/installed: $(INSTALLED) .ci/lowest
+	@$(BIN)/python .ci/lowest > $(VENV)/lowest.txt
+	@.ci/venv $(@D) daemon,cli,test $(VENV)/lowest.txt
 	@touch $@
 
 clean: ## removes what the other targets made
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lowest-constraints build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +

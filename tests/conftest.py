@@ -6,10 +6,13 @@ Here is only what many tests need; a fixture of one test file stands in that fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -31,8 +34,24 @@ hypothesis.settings.load_profile("ci" if IN_CI else "default")
 
 
 def as_uid(uid: int, gid: int | None = None) -> list[str]:
-    """What to put before a command so that it runs as `uid` without any other group. The caller is root."""
-    return ["setpriv", f"--reuid={uid}", f"--regid={uid if gid is None else gid}", "--clear-groups", "--"]
+    """What to put before a command so that it runs as `uid` without any other group. Skips the test where that can't be."""
+    if why := _why_no_other_uid():
+        pytest.skip(why)
+    return _setpriv(uid, uid if gid is None else gid)
+
+
+def _setpriv(uid: int, gid: int) -> list[str]:
+    return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--"]
+
+
+@functools.cache
+def _why_no_other_uid() -> str:
+    """Asks for the prefix too: a Python that can't read its own library takes any other that it finds, of another version."""
+    if os.getuid() != 0:
+        return "only root can run a command as another uid"
+    code = f"import sys; open({__file__!r}).close(); sys.exit(sys.base_prefix != {sys.base_prefix!r})"
+    tried = subprocess.run([*_setpriv(65534, 65534), sys.executable, "-c", code], capture_output=True)
+    return "another uid can't run this Python: it or the checkout lies in a folder of root's own" if tried.returncode else ""
 
 
 @pytest.fixture

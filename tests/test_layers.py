@@ -24,11 +24,12 @@ MAX_LINES = 400
 # From the top. A module imports only from lower rows: never its own, never up.
 ROWS = """
 __main__
+build
 server
 connection
 verbs outbox arguments
 service
-fetch save upload watch evict
+fetch save upload watch evict upkeep
 flights lookup
 root
 blobs trees views repos spool leases references
@@ -58,7 +59,7 @@ DAEMON_CLIENTS = {
     "modelcache.protocol": {"*"},  # the one module both sides share; nothing else of the SDK
 }
 SDK_CLIENTS = {
-    "rich": {"cli", "progress", "show"},  # both have plain lines for a machine without it
+    "rich": {"cli_show"},  # both have plain lines for a machine without it
     "huggingface_hub": {"tokens"},  # asked only for tokens that have to be exchanged first
     "tqdm": {"progress"},
 }

@@ -1,0 +1,416 @@
+"""Many tasks, one download: the daemon, the SDK and the hub in processes of their own. What is claimed is read from the hub's log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from .clients import Client, Tree, blobs, clients, hashes, partials, sha256, views
+from .daemon import Daemon
+from .hub import Hub, Random, Request
+
+pytestmark = pytest.mark.timeout(180)
+
+MIB = 1 << 20
+TRICKLE = 1 * MIB  # bytes a second: nothing large ends before the test says so
+
+SMALL: Tree = {"config.json": b'{"hidden_size": 8}', "tokenizer/vocab.txt": b"a\nb\n", "tokenizer/empty.txt": b"", "notes.md": Random("n", 200_000)}
+LARGE: Tree = {"one.safetensors": Random("one", 9 * MIB), "two.safetensors": Random("two", 5 * MIB + 17), "three.bin": Random("three", 3 * MIB)}
+MODEL: Tree = {**SMALL, **LARGE}
+SIZE = sum(map(len, MODEL.values()))
+
+
+@pytest.fixture(scope="module")
+def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub.start(tmp_path_factory.mktemp("fetch")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(the_hub: Hub) -> Iterator[Hub]:
+    """Well-behaved, with an empty log."""
+    the_hub.reset_log()
+    yield the_hub
+    the_hub.calm()
+
+
+@pytest.fixture
+def daemon(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon.start(tmp_path_factory.mktemp("node") / "root", the_hub, min_free="0", hub_backoff_seconds=0.02, stall_seconds=2) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def task(daemon: Daemon) -> Iterator[Client]:
+    with Client.of(daemon) as task:
+        yield task
+
+
+def downloads(progress: dict[str, Any]) -> bool:
+    return progress["phase"] == "download" and progress["done_bytes"] > 0
+
+
+def waiters(count: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda progress: progress["waiters"] == count and downloads(progress)
+
+
+def content(hub: Hub) -> list[Request]:
+    """Requests that were answered with bytes of files."""
+    return [request for request in hub.requests() if request.kind in ("resolve", "lfs") and request.status in (200, 206)]
+
+
+def assert_each_byte_once(hub: Hub, *trees: Tree) -> None:
+    sizes = {sha256(data): len(data) for tree in trees for data in tree.values() if len(data) >= MIB}
+    assert {oid: hub.bytes_sent(oid) for oid in sizes} == sizes
+
+
+def until_idle(daemon: Daemon) -> None:
+    while daemon.status()["blob_flights"]["running"]:
+        pass
+
+
+# ---- sharing
+
+
+def test_eight_processes_get_one_download(hub: Hub, daemon: Daemon) -> None:
+    hub.commit("org/eight", MODEL)
+    hub.misbehave("slow", rate=TRICKLE)
+    with clients(daemon, 8) as tasks, Client.of(daemon) as late:
+        for task in tasks:
+            task.begin("fetch", repo_id="org/eight")
+        tasks[0].progress(waiters(8))
+        late.begin("fetch", repo_id="org/eight")
+        first = late.progress(lambda _: True)
+        assert downloads(first) and first["waiters"] == 9 and first["total_bytes"] == SIZE and first["source"] == "hub"
+        tasks[0].progress(waiters(9))
+        hub.calm()
+        outcomes = [task.good() for task in [*tasks, late]]
+        (path,) = {outcome.path for outcome in outcomes}
+        assert path == str(views(daemon)[0])
+        for task in [*tasks, late]:
+            assert task.call("hashes", folder=path).files == hashes(MODEL)
+    assert [len(hub.requests(kind)) for kind in ("info", "tree", "auth-check")] == [1, 1, 0]
+    assert hub.bytes_sent() == SIZE
+    assert_each_byte_once(hub, MODEL)
+
+
+def test_two_hundred_tasks(hub: Hub, daemon: Daemon) -> None:
+    hub.commit("org/crowd", MODEL)
+    hub.misbehave("slow", rate=TRICKLE)
+    with clients(daemon, 200) as tasks:
+        for task in tasks:
+            task.begin("fetch", repo_id="org/crowd")
+        tasks[0].progress(waiters(200))
+        hub.calm()
+        assert {task.good().path for task in tasks} == {str(views(daemon)[0])}
+        assert {outcome.error for outcome in [task.call("ask", method="ls") for task in tasks]} == {None}
+        assert daemon.status()["leases"] == 200
+    assert len(hub.requests("info")) == 1 and hub.bytes_sent() == SIZE
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["at the same time", "one after the other"])
+def test_shared_files_are_fetched_once(hub: Hub, daemon: Daemon, together: bool) -> None:
+    """Patterns that overlap, a second revision and a second repo."""
+    name = f"org/shared-{together}"
+    second: Tree = {**MODEL, "config.json": b"{}", "three.bin": Random("a new three", 2 * MIB)}
+    fork: Tree = {"config.json": b"{}", "renamed.safetensors": LARGE["one.safetensors"]}
+    hub.commit(name, MODEL)
+    hub.tag(name, "v1")
+    hub.commit(name, second)
+    hub.commit(f"{name}-fork", fork)
+    asks: list[tuple[dict[str, Any], Tree]] = [
+        ({"repo_id": name, "revision": "v1"}, MODEL),
+        ({"repo_id": name}, second),
+        ({"repo_id": name, "allow_patterns": ["*.safetensors", "*.json"]}, {path: second[path] for path in ("config.json", "one.safetensors", "two.safetensors")}),
+        ({"repo_id": name, "ignore_patterns": ["one*", "notes*"]}, {path: data for path, data in second.items() if path[:3] not in ("one", "not")}),
+        ({"repo_id": f"{name}-fork"}, fork),
+    ]
+    with clients(daemon, len(asks)) as tasks:
+        if together:
+            hub.misbehave("slow", rate=TRICKLE)
+        for task, (arguments, _) in zip(tasks, asks, strict=True):
+            task.begin("fetch", **arguments)
+            if not together:
+                task.good()
+        if together:
+            for task in tasks:
+                task.progress(downloads)
+            hub.calm()
+        for task, (arguments, tree) in zip(tasks, asks, strict=True):
+            path = task.good().path if together else task.fetch(**arguments)["path"]
+            assert task.call("hashes", folder=path).files == hashes(tree)
+    assert_each_byte_once(hub, MODEL, second, fork)
+    # Small ones are known by their git ids, and those mean something in one repo only.
+    assert hub.bytes_sent("notes.md") == len(SMALL["notes.md"])
+    assert sorted(request.repo for request in content(hub) if request.file == "config.json") == [f"model/{name}"] * 2 + [f"model/{name}-fork"]
+
+
+def test_small_files_are_there_first(hub: Hub, daemon: Daemon, task: Client) -> None:
+    hub.commit("org/early", MODEL)
+    hub.misbehave("slow", match="^lfs", rate=TRICKLE)
+    task.begin("fetch", repo_id="org/early")
+    seen = task.progress(lambda progress: progress["done_files"] == len(SMALL))
+    assert seen["total_files"] == len(MODEL) and seen["done_bytes"] < SIZE
+    assert blobs(daemon) == set(hashes(SMALL).values())  # published, not only received
+    assert views(daemon) == []
+    hub.calm()
+    assert task.call("hashes", folder=task.good().path).files == hashes(MODEL)
+    assert set(hashes(MODEL).values()) == blobs(daemon) and partials(daemon) == {}
+
+
+# ---- leaving
+
+
+def test_a_caller_who_leaves_does_not_stop_the_others(hub: Hub, daemon: Daemon) -> None:
+    hub.commit("org/leave", MODEL)
+    hub.misbehave("slow", rate=TRICKLE)
+    with clients(daemon, 3) as (first, second, third):
+        for task in (first, second, third):
+            task.begin("fetch", repo_id="org/leave")
+        third.progress(waiters(3))
+        first.kill()  # who started it
+        third.progress(waiters(2))
+        second.kill()
+        third.progress(waiters(1))
+        hub.calm()
+        assert third.call("hashes", folder=third.good().path).files == hashes(MODEL)
+    assert hub.bytes_sent() == SIZE and daemon.status()["leases"] == 0
+
+
+def test_the_last_one_to_leave_stops_the_download(hub: Hub, daemon: Daemon) -> None:
+    hub.commit("org/last", LARGE)
+    hub.misbehave("slow", rate=8 * MIB)
+    with clients(daemon, 2) as (first, second):
+        for task in (first, second):
+            task.begin("fetch", repo_id="org/last")
+        second.progress(lambda progress: progress["waiters"] == 2 and progress["done_bytes"] > 6 * MIB)
+        first.kill()
+        second.kill()
+    until_idle(daemon)
+    asked = hub.requests("lfs")
+    hub.wait(kind="lfs", requests=len(asked), over=True)  # their connections are closed
+    kept, sent = partials(daemon), hub.bytes_sent()
+    assert sum(kept.values()) > 3 * MIB and sent < SIZE - MIB
+    hub.calm()
+    hub.reset_log()
+    with Client.of(daemon) as task:
+        daemon.status()
+        assert hub.requests() == []  # nobody asks for anything while nobody waits
+        assert task.call("hashes", folder=task.download("org/last")).files == hashes(LARGE)
+    size = sum(map(len, LARGE.values()))
+    published = sum(len(data) for data in LARGE.values() if sha256(data) not in kept and not hub.bytes_sent(sha256(data)))
+    assert hub.bytes_sent() == size - published - sum(kept.values())
+    assert hub.requests("info") == [] and hub.requests("tree") == []
+
+
+def test_a_download_that_was_left_is_taken_up_at_once(hub: Hub, daemon: Daemon) -> None:
+    """The next caller comes while the flight that was left is still tidying up."""
+    hub.commit("org/again", LARGE)
+    hub.misbehave("slow", rate=8 * MIB)
+    for _ in range(5):
+        with clients(daemon, 1) as (task,):
+            task.begin("fetch", repo_id="org/again")
+            task.progress(downloads)
+    hub.calm()
+    with Client.of(daemon) as task:
+        assert task.call("hashes", folder=task.download("org/again")).files == hashes(LARGE)
+
+
+# ---- failing
+
+
+def test_a_failure_reaches_everybody_and_nobody_stampedes(hub: Hub, daemon: Daemon) -> None:
+    hub.commit("org/lies", {**SMALL, "model.safetensors": Random("lies", 3 * MIB)})
+    hub.misbehave("wrong", match="^lfs", after=MIB)
+    hub.misbehave("slow", match="^lfs", rate=2 * MIB)
+    with clients(daemon, 8) as tasks:
+        for task in tasks:
+            task.begin("fetch", repo_id="org/lies")
+        tasks[0].progress(waiters(8))
+        outcomes = [task.end() for task in tasks]
+        assert all(outcome.is_error("ContentMismatchError") for outcome in outcomes)
+        assert len({outcome.message for outcome in outcomes}) == 1 and "'model.safetensors' in org/lies" in outcomes[0].message
+        assert "hint: " in outcomes[0].message and outcomes[0].value["path"] == "model.safetensors"
+        assert len(hub.requests("lfs")) == 3  # wrong bytes are asked for again, twice
+        assert blobs(daemon) == set(hashes(SMALL).values()) and views(daemon) == []
+        hub.calm()
+        assert {outcome.error for outcome in [task.call("snapshot_download", repo_id="org/lies") for task in tasks]} == {None}
+    assert len(hub.requests("lfs")) == 4
+
+
+def test_a_look_up_that_fails_is_one_look_up(hub: Hub, daemon: Daemon) -> None:
+    hub.misbehave("hang", match="^info")
+    with clients(daemon, 8) as tasks:
+        for task in tasks:
+            task.begin("snapshot_download", repo_id="org/nowhere")
+        while daemon.status()["requests"] < len(tasks) + 1:
+            pass
+        hub.calm()
+        assert all(outcome.is_error("RepositoryNotFoundError") for outcome in [task.end() for task in tasks])
+    assert len(hub.requests("info")) == 2  # the one that hung, and another try
+
+
+# ---- a hub that misbehaves
+
+
+def lfs_bytes(hub: Hub) -> int:
+    return sum(request.bytes_sent for request in content(hub) if request.kind == "lfs")
+
+
+@pytest.mark.parametrize("kind", ["429", "ratelimit"])
+@pytest.mark.parametrize("where", ["info", "tree", "resolve", "lfs"])
+def test_a_hub_that_asks_for_patience_gets_it(hub: Hub, daemon: Daemon, kind: str, where: str) -> None:
+    hub.commit("org/patience", {"model.safetensors": Random("p", 2 * MIB)})
+    hub.commit("org/other", SMALL)
+    hub.misbehave(kind, match=f"^{where}", times=1, retry_after=2)
+    with clients(daemon, 2) as (task, other):
+        task.begin("fetch", repo_id="org/patience")
+        paused = task.progress(lambda progress: progress["phase"] == "paused")
+        assert "asks to wait" in paused["message"]
+        other.begin("fetch", repo_id="org/other")
+        assert "asks to wait" in other.progress(lambda progress: progress["phase"] == "paused")["message"]
+        assert task.good().error is None and other.good().error is None
+    (limited,) = [request for request in hub.requests() if request.status == 429]
+    later = [request.started - limited.started for request in hub.requests() if request.started > limited.started]
+    assert min(later) >= 1.9, later  # everybody waited, the other repo too
+
+
+@pytest.mark.parametrize(
+    ("fault", "lost"),
+    [
+        ({"kind": "5xx", "times": 3}, 0),
+        ({"kind": "5xx", "times": 2, "status": 500}, 0),
+        ({"kind": "expired", "times": 2}, 0),
+        ({"kind": "short", "times": 3, "after": MIB}, 0),
+        ({"kind": "short", "times": 2, "after": 0}, 0),
+        ({"kind": "stall", "times": 2, "after": MIB}, 0),
+        ({"kind": "reset", "times": 3, "after": MIB}, 3 * MIB),  # what the kernel has not handed over goes with the connection
+    ],
+    ids=str,
+)
+def test_a_broken_download_is_resumed(hub: Hub, daemon: Daemon, task: Client, fault: dict[str, Any], lost: int) -> None:
+    tree: Tree = {"model.safetensors": Random("broken", 11 * MIB + 5)}
+    hub.commit("org/broken", tree)
+    hub.misbehave(match="^lfs", **fault)
+    assert task.call("hashes", folder=task.download("org/broken")).files == hashes(tree)
+    assert [request.fault for request in hub.requests("lfs") if request.fault] == [fault["kind"]] * fault["times"]
+    size = len(tree["model.safetensors"])
+    assert size <= lfs_bytes(hub) <= size + lost
+
+
+@pytest.mark.parametrize("kind", ["5xx", "reset", "short", "stall", "wrong"])
+def test_small_files_are_asked_for_again(hub: Hub, daemon: Daemon, task: Client, kind: str) -> None:
+    hub.commit(f"org/small-{kind}", SMALL)
+    hub.misbehave(kind, match=r"notes\.md$", times=2)
+    assert task.call("hashes", folder=task.download(f"org/small-{kind}")).files == hashes(SMALL)
+    assert [request.fault for request in hub.requests("resolve") if request.file == "notes.md"] == [kind, kind, None]
+
+
+@pytest.mark.parametrize("kind", ["5xx", "hang", "reset"])
+def test_listings_are_asked_for_again(hub: Hub, daemon: Daemon, task: Client, kind: str) -> None:
+    hub.commit(f"org/listing-{kind}", SMALL)
+    if kind == "hang":  # a look-up that is not answered ends, and the hub is asked again
+        hub.misbehave(kind, match="^info")
+        task.begin("snapshot_download", repo_id=f"org/listing-{kind}")
+        hub.wait(kind="info", requests=1)
+        hub.calm()
+    else:
+        hub.misbehave(kind, match="^(info|tree)", times=2)
+        task.begin("snapshot_download", repo_id=f"org/listing-{kind}")
+    assert task.call("hashes", folder=task.good().path).files == hashes(SMALL)
+
+
+def test_wrong_bytes_are_never_served(hub: Hub, daemon: Daemon, task: Client) -> None:
+    tree: Tree = {"model.safetensors": Random("wrong once", 9 * MIB)}
+    hub.commit("org/wrong", tree)
+    hub.misbehave("wrong", match="^lfs", times=1)
+    assert task.call("hashes", folder=task.download("org/wrong")).files == hashes(tree)
+    assert blobs(daemon) == set(hashes(tree).values()) and daemon.status()["hub"]["mismatches"] == 1
+    assert lfs_bytes(hub) == 2 * 9 * MIB  # nobody knows which of them were wrong
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "notes.md"])
+def test_bytes_that_stay_wrong_are_an_error(hub: Hub, daemon: Daemon, task: Client, path: str) -> None:
+    hub.commit("org/always-wrong", {path: Random(f"always wrong {path}", 300_000)}, replace=True)
+    hub.misbehave("wrong", match=path.replace(".", "[.]"))
+    assert task.refused("snapshot_download", repo_id="org/always-wrong").is_error("ContentMismatchError")
+    assert blobs(daemon) == set() and views(daemon) == [] and sum(partials(daemon).values()) == 0
+
+
+def test_a_server_without_ranges(hub: Hub, daemon: Daemon) -> None:
+    tree: Tree = {"model.safetensors": Random("no ranges", 14 * MIB + 3)}
+    hub.commit("org/no-ranges", tree)
+    hub.misbehave("no_range")
+    hub.misbehave("short", match="^lfs", times=2, after=5 * MIB)
+    hub.misbehave("slow", rate=20 * MIB)
+    with clients(daemon, 2) as (first, second):
+        first.begin("fetch", repo_id="org/no-ranges")
+        first.progress(lambda progress: progress["done_bytes"] > 6 * MIB)
+        first.kill()
+        until_idle(daemon)
+        assert sum(partials(daemon).values()) > 3 * MIB
+        assert second.call("hashes", folder=second.download("org/no-ranges")).files == hashes(tree)
+
+
+def test_a_hub_that_goes_away_in_the_middle(hub: Hub, daemon: Daemon, task: Client) -> None:
+    hub.commit("org/away", LARGE)
+    hub.misbehave("slow", rate=8 * MIB)
+    task.begin("fetch", repo_id="org/away")
+    task.progress(lambda progress: progress["done_bytes"] > 4 * MIB)
+    hub.misbehave("down")
+    outcome = task.end()
+    assert outcome.is_error("HubUnavailableError") and outcome.is_error("ConnectionError")
+    kept = sum(partials(daemon).values())
+    assert kept > 0 and views(daemon) == []
+    hub.calm()
+    hub.reset_log()
+    task.begin("fetch", repo_id="org/away")
+    assert task.call("hashes", folder=task.good().path).files == hashes(LARGE)
+    assert hub.bytes_sent() <= SIZE - kept
+
+
+# ---- large repos
+
+
+def memory(daemon: Daemon) -> dict[str, int]:
+    """MiB, as the kernel counts them."""
+    with open(f"/proc/{daemon.pid}/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return {name: int(lines[name].split()[0]) >> 10 for name in ("VmHWM", "VmRSS", "RssAnon")}
+
+
+def test_ten_thousand_files(hub: Hub, daemon: Daemon, task: Client) -> None:
+    hub.commit_many("org/many", 10_000)
+    reply = task.fetch("org/many")
+    print(f"10,000 files in {reply['seconds']:.1f} s, {memory(daemon)} MiB")
+    assert reply["files"] == 10_000 and reply["hub_bytes"] == hub.bytes_sent() == 640_000
+    assert len(content(hub)) == 10_000 and len(blobs(daemon)) == 10_000
+    found = task.call("hashes", folder=reply["path"]).files
+    assert found is not None and len(found) == 10_000 and set(found.values()) == blobs(daemon)
+    assert memory(daemon)["VmHWM"] < 150
+    warm = task.fetch("org/many")
+    print(f"again in {warm['seconds'] * 1000:.1f} ms, {memory(daemon)} MiB")
+    assert warm["hub_bytes"] == 0 and warm["path"] == reply["path"]
+
+
+def test_a_few_of_a_hundred_thousand_files(hub: Hub, daemon: Daemon, task: Client) -> None:
+    hub.commit_many("org/huge", 100_000, 40)
+    reply = task.fetch("org/huge", allow_patterns=["00042/*7.txt"])
+    print(f"100 of 100,000 files in {reply['seconds']:.1f} s, {memory(daemon)} MiB")
+    assert reply["files"] == 100 and hub.bytes_sent() == 4_000
+    again = task.fetch("org/huge", allow_patterns=["00043/*7.txt"])
+    print(f"100 others in {again['seconds']:.1f} s, {memory(daemon)} MiB")
+    assert again["files"] == 100 and len(hub.requests("tree")) == 101 + 1  # 1,000 files and their folders a page
+
+
+@pytest.mark.soak
+def test_more_equal_files_than_links(hub: Hub, daemon: Daemon, task: Client) -> None:
+    """ext4 allows 65,000 names for a file; the blob has one, and the views the rest."""
+    hub.commit_many("org/equal", 65_001, equal=True, lfs=True)
+    reply = task.fetch("org/equal", timeout=300)
+    print(f"65,001 equal files in {reply['seconds']:.1f} s, {memory(daemon)} MiB")
+    assert reply["files"] == 65_001 and hub.bytes_sent() == 64 and len(blobs(daemon)) == 1
+    found = task.call("hashes", 300, folder=reply["path"]).files
+    assert found is not None and len(found) == 65_001 and set(found.values()) == blobs(daemon)
