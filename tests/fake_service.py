@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from modelcache.protocol import PROTOCOL_VERSION, HelloReply, Progress
 from modelcached import errors
-from modelcached.__main__ import main
+from modelcached.command import main
 from modelcached.config import Config
 from modelcached.connection import Service
 from modelcached.model import Caller, Reply

@@ -24,6 +24,7 @@ MAX_LINES = 400
 # From the top. A module imports only from lower rows: never its own, never up.
 ROWS = """
 __main__
+command
 build
 server
 connection
@@ -54,7 +55,7 @@ DAEMON_CLIENTS = {
     "huggingface_hub": {"hub"},
     "aiofiles": {"*"},
     "msgspec": {"*"},
-    "prometheus_client": {"__main__", "server", "service"},
+    "prometheus_client": {"build", "server", "service"},
     "watchfiles": {"watch"},
     "modelcache.protocol": {"*"},  # the one module both sides share; nothing else of the SDK
 }

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from modelcached import __version__, config
-from modelcached.__main__ import main
+from modelcached.command import main
 
 from .fake_service import DEADLINE_SECONDS, Client, Daemon
 

@@ -67,7 +67,8 @@ def test_one_connection_for_all_threads(daemon: FakeDaemon, client: Client) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"leased": True, "descriptors": 0}, {"leased": False, "descriptors": 0}, {"leased": True, "descriptors": 2}, {"drop": "tree"}]
+    "change",
+    [{"leased": True, "descriptors": 0}, {"leased": False, "descriptors": 0}, {"leased": True, "descriptors": 2}, {"drop": "tree"}],
 )
 def test_a_reply_that_lacks_what_it_needs(daemon: FakeDaemon, client: Client, change: dict[str, Any]) -> None:
     def answer(request: Request) -> None:
@@ -106,7 +107,12 @@ def test_a_lease_that_was_named_stays_until_the_reply(daemon: FakeDaemon, client
     tree = first.reply.tree
     go_on = threading.Event()
     answer = daemon.answers["fetch"]
-    daemon.answers["fetch"] = lambda request: (go_on.wait(WAIT_SECONDS), answer(request))[1]
+
+    def answer_later(request: Request) -> None:
+        go_on.wait(WAIT_SECONDS)
+        answer(request)
+
+    daemon.answers["fetch"] = answer_later
     daemon.next_request()
     waiting = run(lambda: client.fetch(Fetch("org/a")))
     assert daemon.next_request().params["held"] == [tree]
@@ -122,7 +128,12 @@ def test_a_lease_that_was_named_stays_until_the_reply(daemon: FakeDaemon, client
 def test_two_replies_with_a_lease_on_one_tree(daemon: FakeDaemon, client: Client) -> None:
     together = threading.Barrier(2)
     answer = daemon.answers["fetch"]
-    daemon.answers["fetch"] = lambda request: (together.wait(WAIT_SECONDS), answer(request))[1]
+
+    def answer_together(request: Request) -> None:
+        together.wait(WAIT_SECONDS)
+        answer(request)
+
+    daemon.answers["fetch"] = answer_together
     waiting = [run(lambda: client.fetch(Fetch("org/a"))) for _ in range(2)]
     fetched = [result() for result in waiting]
     tree = fetched[0].reply.tree
@@ -369,8 +380,9 @@ def test_a_runtime_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("MODELCACHE_SOCKET", raising=False)
     folder = tmp_path / "modelcached"
     folder.mkdir(mode=0o700)
-    for spoil in (lambda: os.chown(folder, 1, 1), lambda: (os.chown(folder, 0, 0), folder.chmod(0o755))):
-        spoil()
+    for uid, mode in ((1, 0o700), (0, 0o755)):
+        os.chown(folder, uid, uid)
+        folder.chmod(mode)
         with pytest.raises(NotPermittedError, match="only uid 0"):
             Client().hello()
     folder.rmdir()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def test_many_messages_in_one_piece(daemon: FakeDaemon, connection: Connection) 
     seen: list[Progress] = []
 
     def answer(request: Request) -> None:
-        news = [line({"method": "progress", "params": {"id": request.id, "phase": "download", "done_bytes": n, "later": 1}}) for n in range(5)]
+        news = [
+            line({"method": "progress", "params": {"id": request.id, "phase": "download", "done_bytes": n, "later": 1}}) for n in range(5)
+        ]
         request.peer.send_raw(b"".join(news) + line({"jsonrpc": "2.0", "id": request.id, "result": {}}))
 
     daemon.answers["slow"] = answer
@@ -119,7 +122,7 @@ def test_progress_is_called_in_the_callers_thread(daemon: FakeDaemon, connection
         reply = connection.request("work", {"n": n}, lambda progress: seen.append((progress.message, threading.get_ident())))
         return reply.result["n"], seen == [(str(n), threading.get_ident())]
 
-    waiting = [run(lambda n=n: work(n)) for n in range(8)]
+    waiting = [run(partial(work, n)) for n in range(8)]
     assert [result() for result in waiting] == [(n, True) for n in range(8)]
 
 
@@ -144,7 +147,8 @@ def test_a_request_that_is_too_long_is_not_sent(daemon: FakeDaemon, connection: 
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("repo_not_found", RepositoryNotFoundError), ("of_a_newer_daemon", Exception), ("shutting_down", DaemonConnectionError)]
+    ("name", "kind"),
+    [("repo_not_found", RepositoryNotFoundError), ("of_a_newer_daemon", Exception), ("shutting_down", DaemonConnectionError)],
 )
 def test_errors_have_names_and_data(daemon: FakeDaemon, connection: Connection, name: str, kind: type[Exception]) -> None:
     def answer(request: Request) -> None:
@@ -233,7 +237,7 @@ def test_each_message_takes_its_own(daemon: FakeDaemon, connection: Connection, 
             os.close(descriptor)
         return names
 
-    waiting = [run(lambda count=count: work(count)) for count in range(6)]
+    waiting = [run(partial(work, count)) for count in range(6)]
     assert [result() for result in waiting] == [[f"{count}-{n}" for n in range(count)] for count in range(6)]
 
 
@@ -268,8 +272,8 @@ def test_more_callers_than_the_daemon_takes(daemon: FakeDaemon, connection: Conn
         request.reply({"n": request.params["n"]})
 
     daemon.answers["work"] = answer
-    waiting = [run(lambda n=n: connection.request("work", {"n": n}).result["n"]) for n in range(MAX_REQUESTS + 20)]
-    assert [result() for result in waiting] == list(range(MAX_REQUESTS + 20))
+    waiting = [run(partial(connection.request, "work", {"n": n})) for n in range(MAX_REQUESTS + 20)]
+    assert [result().result["n"] for result in waiting] == list(range(MAX_REQUESTS + 20))
     assert most == MAX_REQUESTS
 
 
@@ -284,7 +288,12 @@ def test_a_slow_callback_stops_nobody_else(daemon: FakeDaemon, connection: Conne
 
     daemon.answers["slow"] = slow
     inside = threading.Event()
-    waiting = run(lambda: connection.request("slow", {}, lambda _: (inside.set(), release.wait(WAIT_SECONDS))[0]))
+
+    def on_progress(_: Progress) -> None:
+        inside.set()
+        release.wait(WAIT_SECONDS)
+
+    waiting = run(lambda: connection.request("slow", {}, on_progress))
     assert inside.wait(WAIT_SECONDS)  # the thread that reads is busy with its own news
     connection.request("quick", {})
     release.set()
@@ -375,9 +384,13 @@ def test_ctrl_c_cancels_and_the_connection_lives(daemon: FakeDaemon, role: str) 
         release.wait(WAIT_SECONDS)
         request.reply({"stays": 1})
 
+    def replies_when_begun(request: Request) -> None:
+        began.wait(WAIT_SECONDS)
+        request.reply({})
+
     daemon.answers.update(
         stays=stays,
-        began=lambda request: (began.wait(WAIT_SECONDS), request.reply({}))[1],
+        began=replies_when_begun,
         slow=lambda request: None,
         quick=lambda request: request.reply({"quick": 1}),
     )

@@ -14,9 +14,11 @@ import pytest
 
 import modelcache
 from modelcache import hfcache
+from modelcache.client import shared
 from modelcache.protocol import Fetch
 
 from .fake_daemon import COMMIT, FakeDaemon, listing
+from .hub import Hub, Random
 
 FILES = {
     "config.json": b"{}",
@@ -159,6 +161,37 @@ def test_the_listing_is_asked_for_only_when_it_is_needed(daemon: FakeDaemon, tmp
     asked = [Fetch(**daemon.next_request().params).listing for _ in range(3)]
     assert asked == [False, False, True]
     assert not (tmp_path / "c" / "datasets--org--name").exists()
+
+
+def test_exactly_what_huggingface_hub_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls, by the real library from a hub and by ours through the real daemon, leave the same files and links."""
+    with Hub.start(tmp_path / "hub") as hub:
+        hub.commit("org/name", {**FILES, "big.bin": Random(1, 200_000)})
+        hub.tag("org/name", "v1")
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("MODELCACHE_SOCKET", str(tmp_path / "socket"))
+        monkeypatch.setenv("MODELCACHE_CONNECT_SECONDS", "15")
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        flags = ["--root", str(tmp_path / "root"), "--socket", str(tmp_path / "socket"), "--hub-endpoint", hub.endpoint]
+        with subprocess.Popen([sys.executable, "-m", "modelcached", "serve", *flags], stderr=subprocess.DEVNULL) as process:
+            try:
+                for number, keywords in enumerate(({}, {"allow_patterns": "*.json", "revision": "v1"})):
+                    made = [str(tmp_path / f"{who}-{number}") for who in ("theirs", "ours")]
+                    calls = json.dumps([["snapshot_download", ["org/name"], {**keywords, "cache_dir": made[0]}]])
+                    subprocess.run([sys.executable, "-c", THEIRS, calls], check=True)
+                    modelcache.snapshot_download("org/name", cache_dir=made[1], **keywords)  # type: ignore[arg-type]
+                    theirs, ours = (shape(Path(folder) / "models--org--name") for folder in made)
+                    assert ours == theirs
+            finally:
+                shared().close()
+                process.terminate()
+
+
+def shape(folder: Path) -> dict[str, str | bytes]:
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
 
 
 def test_hashes_of_xet_are_kept(tmp_path: Path) -> None:

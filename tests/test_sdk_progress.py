@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub.utils.tqdm import silent_tqdm
 from huggingface_hub.utils.tqdm import tqdm as hf_tqdm
-from tqdm.auto import tqdm
 
 import modelcache
 from modelcache.client import shared
@@ -23,6 +24,8 @@ from modelcache.protocol import Progress
 
 from .fake_daemon import WAIT_SECONDS, FakeDaemon, Request
 from .test_sdk_connection import sdk_path
+
+tqdm: Any = import_module("tqdm.auto").tqdm  # has no types of its own
 
 NEWS = [
     Progress("look up"),
@@ -68,18 +71,19 @@ def test_the_line() -> None:
     assert one_line("org/name", NEWS[3]).endswith("from hub  3 wait for it")
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (85.3e6, "85.3 MB"), (2e9, "2.0 GB"), (3e15, "3000.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (85.3e6, "85.3 MB"), (2e9, "2.0 GB"), (3e15, "3000.0 TB")]
+)
 def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
 
 
 def test_a_callers_bar_is_driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tqdm] = []
+    made: list[Any] = []
 
-    class Mine(tqdm):  # type: ignore[type-arg]
-        def __init__(self, **keywords: object) -> None:
-            super().__init__(file=io.StringIO(), **keywords)  # type: ignore[call-overload]
-            made.append(self)
+    def mine(**keywords: Any) -> Any:
+        made.append(tqdm(file=io.StringIO(), **keywords))
+        return made[-1]
 
     with FakeDaemon(tmp_path) as daemon:
         daemon.repos = {"org/name": {"a": b"a"}}
@@ -92,7 +96,7 @@ def test_a_callers_bar_is_driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
         daemon.answers["fetch"] = slowly
         monkeypatch.setenv("MODELCACHE_SOCKET", str(daemon.socket_path))
-        modelcache.snapshot_download("org/name", tqdm_class=Mine)
+        modelcache.snapshot_download("org/name", tqdm_class=mine)
         shared().close()
         shared().leases.close()
     assert [(bar.n, bar.total, bar.unit) for bar in made] == [(1000, 1000, "B")]
@@ -129,7 +133,13 @@ def test_a_terminal_gets_one_line(tmp_path: Path, before: str, environment: dict
             answer(request)
 
         daemon.answers["fetch"] = slowly
-        variables = {**os.environ, **sdk_path(), "MODELCACHE_SOCKET": str(daemon.socket_path), "MODELCACHE_LOADED": "private", **environment}
+        variables = {
+            **os.environ,
+            **sdk_path(),
+            "MODELCACHE_SOCKET": str(daemon.socket_path),
+            "MODELCACHE_LOADED": "private",
+            **environment,
+        }
         command = [sys.executable, "-c", SHOWS.format(before=before)]
         with subprocess.Popen(command, stdin=theirs, stderr=theirs, env=variables) as process:
             os.close(theirs)

@@ -105,7 +105,7 @@ class Download:
         """Reads over what is on disk already; what was read beyond `start`."""
         while cursor.position + len(rest) < start:
             cursor.position += len(rest)
-            rest = await answer.content.readany()
+            rest = await _next_chunk(answer)
             if not rest:
                 raise Again(f"the answer broke off after {cursor.position} of {self._size} bytes")
         rest, cursor.position = rest[start - cursor.position :], start
@@ -121,7 +121,7 @@ class Download:
         writing: asyncio.Future[None] | None = None
         try:
             while cursor.position + length < cursor.end:
-                chunk = chunk or await answer.content.readany()
+                chunk = chunk or await _next_chunk(answer)
                 if not chunk:
                     raise Again(f"the answer broke off after {cursor.position + length} of {cursor.end} bytes")
                 wanted = chunk[: cursor.end - cursor.position - length]
@@ -169,6 +169,14 @@ class _Cursor:
     def __init__(self, position: int, end: int) -> None:
         self.position = position
         self.end = end
+
+
+async def _next_chunk(answer: aiohttp.ClientResponse) -> bytes:
+    """What came from the socket in one go, empty at the end of the body. `readany` would copy all that waits into one piece."""
+    while True:
+        chunk, is_boundary = await answer.content.readchunk()
+        if chunk or not is_boundary:
+            return chunk
 
 
 def _spans(gaps: list[Span], limits: Limits) -> list[Span]:

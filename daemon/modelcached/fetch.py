@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import NamedTuple
 
 from .blobs import Blobs
@@ -170,7 +170,7 @@ class Fetch:
             if missing:
                 if ask.local:
                     raise _incomplete(selection, missing)
-                self._require_room(selection.repo, missing_size)
+                self._require_room(selection.repo, await self._pool.run(self._room_needed, selection.repo, missing))
                 await self._bring(selection, ask.token, missing, here, meter)
             meter.phase, meter.source = "publish", "disk"
             tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
@@ -271,6 +271,15 @@ class Fetch:
         if suspects:
             self._shown.clear()
         return bool(suspects)
+
+    def _room_needed(self, repo: Repo, missing: Sequence[ListedFile]) -> int:
+        """Bytes that the files still need on disk (blocks): each content once, less what an unfinished download holds already."""
+        needed = 0
+        for content in {self._repos.content(repo, file) for file in missing}:
+            needed += content.size
+            with suppress(FileNotFoundError):
+                needed -= min(content.size, os.stat(self._layout.partial(content)).st_blocks * 512)
+        return needed
 
     def _require_room(self, repo: Repo, size: int) -> None:
         """Refuses at once what can't fit (I6)."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import _http as hf_http
@@ -82,6 +82,7 @@ class Hub:
         self._pool = Pool("hub", API_THREADS)
         if "SSL_CERT_FILE" not in os.environ and (bundle := os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")):
             os.environ["SSL_CERT_FILE"] = bundle  # what huggingface_hub's client and ssl itself read
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask the default endpoint, whatever the config allows (I8)
         hf_http.set_client_factory(_client)
 
     async def look_up(self, repo: Repo, revision: str, token: str | None, attempts: int | None = None) -> Answer:
@@ -218,9 +219,14 @@ def _listed(entry: RepoFile) -> ListedFile:
 def _client() -> Any:
     """huggingface_hub's own client with a deadline, and without its patience: retries are ours."""
     client = hf_http.default_client_factory()
-    client.timeout = API_TIMEOUT_SECONDS
+    client.event_hooks["request"].append(_limit)
     client.event_hooks["response"].append(_raise_if_again)
     return client
+
+
+def _limit(request: Any) -> None:
+    """Its methods ask with timeout=None when they are not told otherwise, and that wins over the client's own."""
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), API_TIMEOUT_SECONDS)
 
 
 def _raise_if_again(response: Any) -> None:

@@ -173,7 +173,7 @@ class Service:
             filename=params.filename,
             token=params.token or None,
             force=params.force_download,
-            local=params.local_files_only,
+            local=params.local_files_only or self._config.offline,
         )
 
     def _endpoint(self, asked: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -11,8 +12,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from . import __version__, runtime
 from .cli_show import OK, Show, columns, count, seconds, size
 from .client import Client
-from .errors import DaemonNotAvailableError, unavailable
+from .errors import DaemonNotAvailableError
 from .protocol import PROTOCOL_VERSION
+
+NODES = "the node's"
 
 
 class Place(NamedTuple):
@@ -29,17 +32,20 @@ def place(asked: argparse.Namespace) -> Place:
     if named:
         return Place(named, "MODELCACHE_SOCKET", False)
     if os.path.exists(runtime.NODE_SOCKET):
-        return Place(runtime.NODE_SOCKET, "the node's", False)
+        return Place(runtime.NODE_SOCKET, NODES, False)
     return Place(runtime.user_socket(), "yours", True)
 
 
 def probe(path: str) -> Optional[OSError]:
     """None when somebody listens there; otherwise what the kernel says."""
     import socket
+    import stat
 
     with socket.socket(socket.AF_UNIX) as trial:
         trial.setblocking(False)
         try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return OSError(errno.ENOTSOCK, "not a socket")
             runtime.with_short_name(path, trial.connect)
         except BlockingIOError:  # its queue is full: somebody is there
             return None
@@ -51,7 +57,12 @@ def probe(path: str) -> Optional[OSError]:
 def client(asked: argparse.Namespace, show: Show) -> Client:
     """For commands that may wait for the daemon, or start one."""
     at = place(asked)
-    if not at.may_start and isinstance(probe(at.path), ConnectionRefusedError):
+    failure = None if at.may_start else probe(at.path)
+    if failure is not None:
+        # A socket that is not there is most likely a wrong path, unless somebody says how long to wait for it.
+        is_awaited = isinstance(failure, FileNotFoundError) and "MODELCACHE_CONNECT_SECONDS" in os.environ
+        if not is_awaited and not isinstance(failure, ConnectionRefusedError):
+            raise refusal(at, failure)
         show.word("no daemon listens at %s, waiting for it" % at.path)
     return Client(at.path if asked.socket else None)
 
@@ -60,17 +71,30 @@ def running_client(asked: argparse.Namespace) -> Client:
     """For commands that only look: DaemonNotAvailableError when none runs, at once."""
     at = place(asked)
     failure = probe(at.path)
-    if failure is None:
-        return Client(at.path)
-    reason = failure.strerror or str(failure)
-    if isinstance(failure, PermissionError):
-        raise DaemonNotAvailableError("uid %d may not use %s: %s" % (os.geteuid(), at.path, reason), "ask for access to it") from failure
-    if at.may_start:
-        from . import launcher
+    if failure is not None:
+        raise refusal(at, failure)
+    return Client(at.path)
 
-        launcher.refuse_if_impossible()
-        raise DaemonNotAvailableError("no daemon runs", "one is started when it is needed: modelcache pull REPO")
-    raise unavailable("no daemon listens at %s (%s): %s" % (at.path, at.origin, reason))
+
+def refusal(at: Place, failure: OSError) -> DaemonNotAvailableError:
+    """Why nobody can be asked there, and what to do about it."""
+    reason = failure.strerror or str(failure)
+    where = "%s (%s)" % (at.path, at.origin)
+    if isinstance(failure, PermissionError):
+        refused = DaemonNotAvailableError(
+            "uid %d may not use %s: %s" % (os.geteuid(), where, reason), "its folders need x and the socket rw for this user"
+        )
+        refused.__cause__ = failure  # not permitted, which is something else than not there
+        return refused
+    if at.may_start:
+        return DaemonNotAvailableError("no daemon runs", "one of your own is started when it is needed: modelcache pull REPO")
+    if at.origin == NODES:
+        return DaemonNotAvailableError("no daemon listens at %s: %s" % (where, reason), "systemctl start modelcached")
+    return DaemonNotAvailableError(
+        "no daemon listens at %s: %s" % (where, reason),
+        "check that path, or leave it away to find the node's daemon or your own; one is started there by: modelcached serve --socket %s"
+        % at.path,
+    )
 
 
 def status(asked: argparse.Namespace, show: Show) -> int:

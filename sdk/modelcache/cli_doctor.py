@@ -22,7 +22,6 @@ from .errors import (
     NotPermittedError,
     RepositoryNotFoundError,
     TokenRefusedError,
-    unavailable,
 )
 from .protocol import PROTOCOL_VERSION, Fetch, HelloReply, List_
 
@@ -75,13 +74,11 @@ def _examine(asked: argparse.Namespace, show: Show) -> Iterator[Finding]:
 
 
 def _socket(at: cli_daemon.Place, failure: Optional[OSError]) -> Finding:
-    where = "%s (%s)" % (at.path, at.origin)
     if failure is None:
-        return Finding("socket", FINE, "a daemon listens at %s" % where)
-    if isinstance(failure, PermissionError):
-        return Finding("socket", WRONG, "uid %d may not use %s" % (os.geteuid(), where), "the socket and its folders need x and rw for you")
-    if not at.may_start:
-        return Finding("socket", WRONG, "no daemon listens at %s: %s" % (where, failure.strerror), unavailable("").hint)
+        return Finding("socket", FINE, "a daemon listens at %s (%s)" % (at.path, at.origin))
+    if not at.may_start or isinstance(failure, PermissionError):
+        refused = cli_daemon.refusal(at, failure)
+        return Finding("socket", WRONG, refused.message, refused.hint)
     from . import launcher
 
     try:

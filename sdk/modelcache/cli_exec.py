@@ -110,7 +110,8 @@ def _run(program: List[str], environment: Dict[str, str], inherited: List[int], 
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
         )
     except OSError as error:
-        print("modelcache: error: %s: %s" % (program[0], error.strerror), file=sys.stderr)
+        is_missing = isinstance(error, FileNotFoundError) and "/" not in program[0]
+        print("modelcache: error: %s: %s" % (program[0], "command not found" if is_missing else error.strerror), file=sys.stderr)
         return NO_SUCH_COMMAND if isinstance(error, FileNotFoundError) else CANNOT_RUN
     for descriptor in inherited:
         os.set_inheritable(descriptor, False)

@@ -114,7 +114,7 @@ def verify(asked: argparse.Namespace, show: Show) -> int:
     damaged, missing = said["damaged"], said["missing"]
     show.data(said, [*("damaged  %s" % digest for digest in damaged), *("missing  %s" % digest for digest in missing)])
     found = "%d damaged, %d missing" % (len(damaged), len(missing)) if damaged or missing else "all as they should be"
-    show.word("%s, %s: %s" % (count(said["blobs"], "file"), size(said["size_bytes"]), found))
+    show.word("%s, %s: %s" % (count(said["blobs"], "blob"), size(said["size_bytes"]), found))
     if damaged or missing:
         show.word("hint: they are fetched again when next asked for: modelcache pull REPO")
         return DAMAGED

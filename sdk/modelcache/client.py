@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import _socket as socket  # see connection
+import atexit
 import os
 import stat
 import threading
@@ -191,9 +192,17 @@ def shared() -> Client:
     named = runtime.named_socket()
     if not _shared or _shared[0]._named != named:  # a program may set MODELCACHE_SOCKET as late as it likes
         with _shared_lock:
+            if not _shared:
+                atexit.register(_close_shared)
             if not _shared or _shared[0]._named != named:
+                _close_shared()
                 _shared[:] = [Client()]
     return _shared[0]
+
+
+def _close_shared() -> None:
+    for client in _shared:
+        client.close()
 
 
 def _after_fork_in_child() -> None:

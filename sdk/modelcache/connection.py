@@ -5,8 +5,8 @@ reads. So a process that never asks has no thread, and a reply wakes the thread 
 
 Invariants:
 - Every descriptor that arrives has one owner: the queue, then a message, then the caller; whoever drops one closes it.
-- Bytes are read and written in whole steps. A step that is interrupted (Ctrl-C) leaves the stream in an unknown state and
-  breaks the connection; waiting is no step, so an interrupted wait costs only its own caller, and the daemon is told.
+- Bytes are read and written in whole steps. A step that is interrupted (Ctrl-C) in the middle leaves the stream in an unknown
+  state and breaks the connection; waiting is no step, so an interrupted wait costs only its own caller, and the daemon is told.
 - A connection breaks once, for everybody, and is never mended: the client opens another.
 - The socket is closed when nobody can be inside a system call on it any more: its number may be another file's by then.
 """
@@ -165,13 +165,17 @@ class Connection:
             raise InvalidRequestError("the request has %d bytes, at most %d are allowed" % (len(line), MAX_MESSAGE_BYTES))
         rights = b"".join(descriptor.to_bytes(_INT_BYTES, sys.byteorder) for descriptor in descriptors)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+        sent: List[int] = []  # bytes, step by step
         with self._sending:
             try:
-                while line:
-                    line = line[self._socket.sendmsg([line], ancillary, socket.MSG_NOSIGNAL) :]
-                    ancillary = []  # they ride on the first byte
-            except BaseException as error:  # half a line may be out
-                self._break_and_raise(error)
+                while sum(sent) < len(line):
+                    rest = [line[sum(sent) :]]
+                    # `extend(map())`: Ctrl-C can't come between the system call and its count, so the count is always right.
+                    sent.extend(map(self._socket.sendmsg, [rest], [[] if sent else ancillary], [socket.MSG_NOSIGNAL]))
+            except BaseException as error:
+                if isinstance(error, OSError) or 0 < sum(sent) < len(line):
+                    self._break_and_raise(error)
+                raise
 
     def _receive(self, deadline: Optional[float]) -> None:
         """Waits until something arrives and hands it out. One thread at a time."""

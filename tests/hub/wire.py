@@ -98,6 +98,7 @@ class Host:
         record = self.log.begin(request.method, unquote(path), query, request.headers)
         try:
             answer = await self._respond(request, record)
+            self.log.changed()  # what it is about is known now: whoever waits for such a request may see it hang
             fault = self._faults.meet(record, INSTEAD)
             if fault is not None and fault.kind == "hang":
                 await self._faults.calmed.wait()

@@ -1,0 +1,110 @@
+"""What only the kernel can show: other users, filesystems that are full, read-only or fail, and FUSE. The caller is root.
+
+Invariant: whatever is mounted or started is gone when its block ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from .daemon import clean_environment
+
+_DEADLINE_SECONDS = 15.0
+# The interpreter may lie where other users cannot read, so it starts as root and becomes somebody else when everything is imported.
+_BECOME = """
+import asyncio, errno, fcntl, json, os, stat, sys, time
+from pathlib import Path
+from modelcached import acl, blobs, durable, errors, layout, leases, model, partials, repos, root, tasks, trees
+uid = int(sys.argv.pop(1))
+os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
+"""
+
+
+def run_as(uid: int, code: str, *arguments: object) -> str:
+    """What `code` prints, run in a process of `uid` without any other group. The daemon's lower modules are imported already."""
+    command = [sys.executable, "-c", _BECOME + code, str(uid), *map(str, arguments)]
+    ran = subprocess.run(command, env=clean_environment(), cwd="/", capture_output=True, text=True, timeout=_DEADLINE_SECONDS)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@contextlib.contextmanager
+def mounted(at: Path, *options: str) -> Iterator[Path]:
+    """`mount OPTIONS... AT`, for as long as the block runs."""
+    at.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *options, str(at)], check=True, timeout=_DEADLINE_SECONDS)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True, timeout=_DEADLINE_SECONDS)
+
+
+def small_tmpfs(at: Path, size: str = "1m") -> contextlib.AbstractContextManager[Path]:
+    return mounted(at, "-t", "tmpfs", "-o", f"size={size},mode=755", "none")
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[Path]:
+    """`folder` as a bind mount over itself that nobody can write to."""
+    with mounted(folder, "--bind", str(folder)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True, timeout=_DEADLINE_SECONDS)
+        yield folder
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process grows above `size` bytes (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def fuse(folder: Path, *, refuse: str = "", block_device: bool = False) -> Iterator[Path]:
+    """A FUSE filesystem in `folder`/mnt that keeps its files in `folder`/kept and writes each change's name to `folder`/calls.
+
+    `refuse` names calls that fail with EIO ("fsync", "link:EPERM"). With `block_device` the kernel calls it "fuseblk", a local disk.
+    """
+    kept, mount, calls = folder / "kept", folder / "mnt", folder / "calls"
+    kept.mkdir(parents=True)
+    mount.mkdir()
+    calls.touch()
+    device = ""
+    if block_device:
+        with open(folder / "disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        device = subprocess.run(["losetup", "--show", "--find", str(folder / "disk")], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        command = [sys.executable, "-m", "tests.fuse_process", str(kept), str(mount), str(calls), refuse, device]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], env=clean_environment())
+        try:
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], _DEADLINE_SECONDS)
+            assert ready and process.stdout.readline() == b"mounted\n", "the FUSE filesystem did not start"
+            try:
+                yield mount
+            finally:
+                subprocess.run(["umount", "--lazy", str(mount)], check=True)
+                process.wait(_DEADLINE_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    finally:
+        if device:
+            subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def on_ext4(folder: Path) -> bool:
+    """Whether `folder` lies on a filesystem with ext4's limit on links."""
+    return os.pathconf(folder, "PC_LINK_MAX") == 65_000
