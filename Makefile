@@ -23,6 +23,12 @@ $(INSTALLED): pyproject.toml .ci/venv
 	@.ci/venv $(VENV) daemon,cli,test
 	@touch $@
 
+# A distribution's own dependencies only: the checkout is installed already.
+$(VENV)/trainers: $(INSTALLED)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["trainers"], sep="\n")' > $@.txt
+	@$(BIN)/python -m pip install --quiet --requirement $@.txt
+	@touch $@
+
 packages:
 	@.ci/apt $(DEBIAN_PACKAGES)
 
@@ -42,7 +48,7 @@ test: $(INSTALLED) packages ## everything but the soak tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # pytest's exit status 5 is "no tests": there may be none of that kind yet.
-soak: $(INSTALLED) packages ## the tests that take minutes
+soak: $(VENV)/trainers packages ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak --timeout 900 $(PYTEST_ARGS) || [ $$? = 5 ]
 
 bench: $(INSTALLED) ## ours against the peers, side by side
