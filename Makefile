@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Debian packages that tests need beside Python; installed by root only, and only when missing.
-DEBIAN_PACKAGES := xfsprogs
+DEBIAN_PACKAGES := acl fuse3 mount openssl xfsprogs
 # For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
 PYTEST_ARGS ?=
 export PYTHON

@@ -27,6 +27,10 @@ class Ran(NamedTuple):
     paths: list[str]
 
 
+class TaskFailed(Exception):
+    """What it said on stderr."""
+
+
 class Memory:
     """The most memory a process had while the block ran, in MB (10^6): all of it, and what is its own (no file behind it)."""
 
@@ -69,14 +73,11 @@ class Tasks:
 
     def __init__(self, side: str, repo: str, environments: list[Mapping[str, str]], *flags: str) -> None:
         command = [sys.executable, "-m", "benchmarks.task", side, repo, *flags]
-        self.processes = [
-            subprocess.Popen(command, env=dict(each), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            for each in environments
-        ]
+        self.processes = [_start(command, environment) for environment in environments]
         for process in self.processes:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                raise RuntimeError(f"a task did not start: {process.args}")
+                raise TaskFailed(process.communicate()[1])
 
     def go(self) -> Ran:
         for process in self.processes:
@@ -85,9 +86,9 @@ class Tasks:
             process.stdin.flush()
         said: list[dict[str, Any]] = []
         for process in self.processes:
-            output, _ = process.communicate(timeout=TASK_SECONDS)
+            output, errors = process.communicate(timeout=TASK_SECONDS)
             if process.returncode:
-                raise RuntimeError(f"a task failed: {process.args}")
+                raise TaskFailed(errors)
             said.append(json.loads(output.splitlines()[-1]))
         return Ran(
             max(each["ended"] for each in said) - min(each["began"] for each in said),
@@ -96,14 +97,14 @@ class Tasks:
             [each["path"] for each in said],
         )
 
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+
+def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=dict(environment), stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
 
 def seconds_of(code: str, environment: Mapping[str, str]) -> float:
     """Wall seconds of an interpreter that runs `code`."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], env=dict(environment), check=True, cwd="/")
+    subprocess.run([sys.executable, "-c", code], env=dict(environment), check=True, cwd="/", stderr=subprocess.PIPE)
     return time.perf_counter() - start

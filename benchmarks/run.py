@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -28,16 +29,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=fetch.ROUNDS, help="of the cold downloads (%(default)s)")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
-    try:
-        import huggingface_hub as _
-    except ImportError:
+    if importlib.util.find_spec("huggingface_hub") is None:
         print("error: huggingface_hub, the peer, is not installed\nhint: pip install 'modelcached[daemon]'", file=sys.stderr)
         return 1
     load = os.getloadavg()[0]
     rows, facts = fetch.measure(options.rounds)
     facts = {
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "modelcached": __version__,
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -56,10 +55,11 @@ def main() -> int:
 
 def _note(facts: dict[str, object]) -> str:
     return (
-        f"Median (least–most) of {facts['rounds']} rounds taken in turns on {facts['cores']} shared cores, Python {facts['python']}, commit "
-        f"{facts['commit']}; peer: huggingface_hub {facts['huggingface_hub']} over HTTP, which neither checks nor syncs what it downloads. "
-        f"1 GB in 4 files and 20 small ones from a local hub that gives {facts['hub_gigabytes_a_second']} GB/s to plain sockets; "
-        f"the disk takes {facts['disk_gigabytes_a_second']} GB/s. Run `make bench` for your machine's."
+        f"Median (least–most), {facts['rounds']} rounds of the cold ones, ours and the peer's in turns, on {facts['cores']} shared cores; "
+        f"Python {facts['python']}, commit {facts['commit']}. The peer is huggingface_hub {facts['huggingface_hub']} over HTTP, "
+        "which neither checks nor syncs what it downloads. 1 GB in 4 files and 20 small ones, from a local hub that gives "
+        f"plain sockets {facts['hub_gigabytes_a_second']} GB/s, onto a disk that takes {facts['disk_gigabytes_a_second']} GB/s. "
+        "`make bench` measures your machine."
     )
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib import import_module
+from typing import Any
 
 
 def main() -> None:
     side, repo, *flags = sys.argv[1:]
     calls = int(flags[flags.index("--calls") + 1]) if "--calls" in flags else 1
-    if side == "peer":
-        from huggingface_hub import snapshot_download
-    else:
-        from modelcache import snapshot_download
+    snapshot_download: Any = import_module("huggingface_hub" if side == "peer" else "modelcache").snapshot_download
     options = {"local_files_only": True} if "--local" in flags else {}
     print("ready", flush=True)
-    sys.stdin.readline()  # everybody starts at the same time
+    if not sys.stdin.readline():  # everybody starts at the same time, or not at all
+        return
     seconds = []
     cpu, began = time.process_time(), time.monotonic()
     for _ in range(calls):

@@ -31,7 +31,6 @@ class Done(NamedTuple):
     pid: int
     path: Path
     seconds: list[float]  # of each call
-    warnings: str
 
 
 class Task:
@@ -59,8 +58,4 @@ class Task:
         if self._process.returncode:
             raise RuntimeError(f"a task failed:\n{errors}")
         said = json.loads(output)
-        return Done(self._process.pid, Path(said["path"]), said["seconds"], errors)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        return Done(self._process.pid, Path(said["path"]), said["seconds"])

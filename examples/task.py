@@ -10,7 +10,8 @@ import modelcache
 
 repo, calls = sys.argv[1], int(sys.argv[2])
 print("ready", flush=True)
-sys.stdin.readline()
+if not sys.stdin.readline():
+    sys.exit(1)  # the demo has ended without us
 
 seconds = []
 for _ in range(calls):

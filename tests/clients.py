@@ -37,7 +37,7 @@ class Client:
 
     def __init__(self, environment: Mapping[str, str], *, uid: int | None = None, command: Sequence[str] = ()) -> None:
         """`command` goes before the interpreter: another namespace, for example."""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile()
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [*(() if uid is None else as_uid(uid)), *command, sys.executable, "-m", "tests.client_process"],
             stdin=subprocess.PIPE,
@@ -52,9 +52,11 @@ class Client:
         self._received = b""
 
     @classmethod
-    def of(cls, daemon: Daemon, *, uid: int | None = None, command: Sequence[str] = (), **environment: str) -> Client:
-        """A task of that daemon's node."""
-        return cls({**daemon.environment, **environment}, uid=uid, command=command)
+    def of(
+        cls, daemon: Daemon, environment: Mapping[str, str] | None = None, *, uid: int | None = None, command: Sequence[str] = ()
+    ) -> Client:
+        """A task of that daemon's node; `environment` is added to what every task there has."""
+        return cls({**daemon.environment, **(environment or {})}, uid=uid, command=command)
 
     def call(self, name: str, timeout: float = DEADLINE_SECONDS, **arguments: Any) -> Outcome:
         self.begin(name, **arguments)
@@ -69,6 +71,11 @@ class Client:
         while "progress" in (message := self._next(deadline)):
             pass
         return Outcome(**message)
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether there is something to read: for a call without progress, its outcome."""
+        return bool(self._received or select.select([self._out], [], [], 0)[0])
 
     def good(self, timeout: float = DEADLINE_SECONDS) -> Outcome:
         """`end` of a call that has to succeed."""

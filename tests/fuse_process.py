@@ -1,4 +1,4 @@
-"""The process behind `kernel.fuse`: a filesystem that passes everything on to a folder, writes down what it was told, and fails as asked."""
+"""The process behind `kernel.fuse`: a filesystem that passes all on to a folder, writes down what it was told, and fails as asked."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class PassOn(mfusepy.Operations):  # type: ignore[misc, unused-ignore]
         os.chmod(self._told("chmod", path), mode)
         return 0
 
-    def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
+    def utimens(self, path: str, times: tuple[int, int] = (0, 0)) -> int:
         os.utime(self._told("utimens", path), ns=times)
         return 0
 

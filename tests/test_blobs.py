@@ -46,10 +46,15 @@ async def on(layout: Layout) -> AsyncIterator[Blobs]:
 
 
 async def test_small_ones_come_in_batches(layout: Layout) -> None:
-    contents = [f"file {number}".encode() for number in range(BATCH_FILES + 300)]
+    contents = [f"file {number}".encode() for number in range(BATCH_FILES + 30)]
     async with on(layout) as blobs:
-        await asyncio.gather(*(blobs.add(data, digest_of(data)) for data in [*contents, *contents[:50]]))
-        for data in contents:
+        adding = []
+        for data in [*contents, *contents[:30]]:
+            adding.append(asyncio.create_task(blobs.add(data, digest_of(data))))
+            if len(adding) % 100 == 0:
+                await asyncio.sleep(0)
+        await asyncio.gather(*adding)
+        for data in contents[::7]:
             digest = digest_of(data)
             assert blobs.has(digest, len(data)) and not blobs.has(digest, len(data) + 1)
             found = blobs.path(digest).stat()
@@ -84,7 +89,7 @@ async def test_who_leaves_does_not_stop_the_batch(layout: Layout) -> None:
 async def test_when_the_group_ends_nobody_is_left_waiting(layout: Layout) -> None:
     pool = Pool("test", 1)
     waiting: list[asyncio.Task[None]] = []
-    with pytest.raises(ExceptionGroup):
+    with pytest.raises(ExceptionGroup):  # noqa: PT012 - the group is what ends
         async with asyncio.TaskGroup() as group:
             blobs = Blobs(layout, pool, group)
             waiting = [asyncio.create_task(blobs.add(data, digest_of(data))) for data in (b"one", b"two")]

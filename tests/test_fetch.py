@@ -16,8 +16,17 @@ pytestmark = pytest.mark.timeout(180)
 MIB = 1 << 20
 TRICKLE = 1 * MIB  # bytes a second: nothing large ends before the test says so
 
-SMALL: Tree = {"config.json": b'{"hidden_size": 8}', "tokenizer/vocab.txt": b"a\nb\n", "tokenizer/empty.txt": b"", "notes.md": Random("n", 200_000)}
-LARGE: Tree = {"one.safetensors": Random("one", 9 * MIB), "two.safetensors": Random("two", 5 * MIB + 17), "three.bin": Random("three", 3 * MIB)}
+SMALL: Tree = {
+    "config.json": b'{"hidden_size": 8}',
+    "tokenizer/vocab.txt": b"a\nb\n",
+    "tokenizer/empty.txt": b"",
+    "notes.md": Random("notes", 200_000),
+}
+LARGE: Tree = {
+    "one.safetensors": Random("one", 9 * MIB),
+    "two.safetensors": Random("two", 5 * MIB + 17),
+    "three.bin": Random("three", 3 * MIB),
+}
 MODEL: Tree = {**SMALL, **LARGE}
 SIZE = sum(map(len, MODEL.values()))
 
@@ -38,7 +47,7 @@ def hub(the_hub: Hub) -> Iterator[Hub]:
 
 @pytest.fixture
 def daemon(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon.start(tmp_path_factory.mktemp("node") / "root", the_hub, min_free="0", hub_backoff_seconds=0.02, stall_seconds=2) as daemon:
+    with Daemon.start(tmp_path_factory.mktemp("node") / "root", the_hub, min_free="0", hub_backoff_seconds=0.02) as daemon:
         yield daemon
 
 
@@ -49,7 +58,7 @@ def task(daemon: Daemon) -> Iterator[Client]:
 
 
 def downloads(progress: dict[str, Any]) -> bool:
-    return progress["phase"] == "download" and progress["done_bytes"] > 0
+    return bool(progress["phase"] == "download" and progress["done_bytes"] > 0)
 
 
 def waiters(count: int) -> Callable[[dict[str, Any]], bool]:
@@ -124,8 +133,14 @@ def test_shared_files_are_fetched_once(hub: Hub, daemon: Daemon, together: bool)
     asks: list[tuple[dict[str, Any], Tree]] = [
         ({"repo_id": name, "revision": "v1"}, MODEL),
         ({"repo_id": name}, second),
-        ({"repo_id": name, "allow_patterns": ["*.safetensors", "*.json"]}, {path: second[path] for path in ("config.json", "one.safetensors", "two.safetensors")}),
-        ({"repo_id": name, "ignore_patterns": ["one*", "notes*"]}, {path: data for path, data in second.items() if path[:3] not in ("one", "not")}),
+        (
+            {"repo_id": name, "allow_patterns": ["*.safetensors", "*.json"]},
+            {path: second[path] for path in ("config.json", "one.safetensors", "two.safetensors")},
+        ),
+        (
+            {"repo_id": name, "ignore_patterns": ["one*", "notes*"]},
+            {path: data for path, data in second.items() if path[:3] not in ("one", "not")},
+        ),
         ({"repo_id": f"{name}-fork"}, fork),
     ]
     with clients(daemon, len(asks)) as tasks:
@@ -145,7 +160,21 @@ def test_shared_files_are_fetched_once(hub: Hub, daemon: Daemon, together: bool)
     assert_each_byte_once(hub, MODEL, second, fork)
     # Small ones are known by their git ids, and those mean something in one repo only.
     assert hub.bytes_sent("notes.md") == len(SMALL["notes.md"])
-    assert sorted(request.repo for request in content(hub) if request.file == "config.json") == [f"model/{name}"] * 2 + [f"model/{name}-fork"]
+    asked = sorted(request.repo for request in content(hub) if request.file == "config.json")
+    assert asked == [f"model/{name}", f"model/{name}", f"model/{name}-fork"]
+
+
+def test_selections_that_overlap_in_many_files(hub: Hub, daemon: Daemon) -> None:
+    """Each has more files than it fetches at the same time, so one comes to many that another has fetched meanwhile."""
+    hub.commit_many("org/overlap", 600)
+    hub.commit_many("org/overlap-lfs", 600, lfs=True)
+    for repo in ("org/overlap", "org/overlap-lfs"):
+        hub.reset_log()
+        with clients(daemon, 4) as tasks:
+            for task, patterns in zip(tasks, (None, ["*"], ["*[02468].txt"], ["*[05].txt"]), strict=True):
+                task.begin("fetch", repo_id=repo, allow_patterns=patterns)
+            assert [task.good().value["files"] for task in tasks] == [600, 600, 300, 120]
+        assert len(content(hub)) == 600
 
 
 def test_small_files_are_there_first(hub: Hub, daemon: Daemon, task: Client) -> None:
@@ -252,138 +281,6 @@ def test_a_look_up_that_fails_is_one_look_up(hub: Hub, daemon: Daemon) -> None:
         hub.calm()
         assert all(outcome.is_error("RepositoryNotFoundError") for outcome in [task.end() for task in tasks])
     assert len(hub.requests("info")) == 2  # the one that hung, and another try
-
-
-# ---- a hub that misbehaves
-
-
-def lfs_bytes(hub: Hub) -> int:
-    return sum(request.bytes_sent for request in content(hub) if request.kind == "lfs")
-
-
-@pytest.mark.parametrize("kind", ["429", "ratelimit"])
-@pytest.mark.parametrize("where", ["info", "tree", "resolve", "lfs"])
-def test_a_hub_that_asks_for_patience_gets_it(hub: Hub, daemon: Daemon, kind: str, where: str) -> None:
-    hub.commit("org/patience", {"model.safetensors": Random("p", 2 * MIB)})
-    hub.commit("org/other", SMALL)
-    hub.misbehave(kind, match=f"^{where}", times=1, retry_after=2)
-    with clients(daemon, 2) as (task, other):
-        task.begin("fetch", repo_id="org/patience")
-        paused = task.progress(lambda progress: progress["phase"] == "paused")
-        assert "asks to wait" in paused["message"]
-        other.begin("fetch", repo_id="org/other")
-        assert "asks to wait" in other.progress(lambda progress: progress["phase"] == "paused")["message"]
-        assert task.good().error is None and other.good().error is None
-    (limited,) = [request for request in hub.requests() if request.status == 429]
-    later = [request.started - limited.started for request in hub.requests() if request.started > limited.started]
-    assert min(later) >= 1.9, later  # everybody waited, the other repo too
-
-
-@pytest.mark.parametrize(
-    ("fault", "lost"),
-    [
-        ({"kind": "5xx", "times": 3}, 0),
-        ({"kind": "5xx", "times": 2, "status": 500}, 0),
-        ({"kind": "short", "times": 3, "after": MIB}, 0),
-        ({"kind": "short", "times": 2, "after": 0}, 0),
-        ({"kind": "stall", "times": 2, "after": MIB}, 0),
-        ({"kind": "reset", "times": 3, "after": MIB}, 3 * MIB),  # what the kernel has not handed over goes with the connection
-    ],
-    ids=str,
-)
-def test_a_broken_download_is_resumed(hub: Hub, daemon: Daemon, task: Client, fault: dict[str, Any], lost: int) -> None:
-    tree: Tree = {"model.safetensors": Random("broken", 11 * MIB + 5)}
-    hub.commit("org/broken", tree)
-    hub.misbehave(match="^lfs", **fault)
-    assert task.call("hashes", folder=task.download("org/broken")).files == hashes(tree)
-    assert [request.fault for request in hub.requests("lfs") if request.fault] == [fault["kind"]] * fault["times"]
-    size = len(tree["model.safetensors"])
-    assert size <= lfs_bytes(hub) <= size + lost
-
-
-def test_signed_addresses_that_expire_are_asked_for_again(hub: Hub, daemon: Daemon) -> None:
-    tree: Tree = {"model.safetensors": Random("expires", 17 * MIB)}
-    hub.commit("org/expires", tree)
-    daemon.restart(hub_connections=1)  # one range after the other, all with the address that the first one got
-    hub.misbehave("slow", rate=10 * MIB)
-    with Client.of(daemon) as task:
-        task.begin("fetch", repo_id="org/expires")
-        task.progress(downloads)
-        hub.misbehave("expired", times=1)
-        assert task.call("hashes", folder=task.good().path).files == hashes(tree)
-    assert [request.status for request in hub.requests("lfs")].count(403) == 1
-    assert len(hub.requests("resolve")) == 2 and lfs_bytes(hub) == 17 * MIB
-
-
-@pytest.mark.parametrize("kind", ["5xx", "reset", "short", "stall", "wrong"])
-def test_small_files_are_asked_for_again(hub: Hub, daemon: Daemon, task: Client, kind: str) -> None:
-    hub.commit(f"org/small-{kind}", SMALL)
-    hub.misbehave(kind, match=r"notes\.md$", times=2)
-    assert task.call("hashes", folder=task.download(f"org/small-{kind}")).files == hashes(SMALL)
-    assert [request.fault for request in hub.requests("resolve") if request.file == "notes.md"] == [kind, kind, None]
-
-
-@pytest.mark.parametrize("kind", ["5xx", "hang", "reset"])
-def test_listings_are_asked_for_again(hub: Hub, daemon: Daemon, task: Client, kind: str) -> None:
-    hub.commit(f"org/listing-{kind}", SMALL)
-    if kind == "hang":  # a look-up that is not answered ends, and the hub is asked again
-        hub.misbehave(kind, match="^info")
-        task.begin("snapshot_download", repo_id=f"org/listing-{kind}")
-        hub.wait(kind="info", requests=1)
-        hub.calm()
-    else:
-        hub.misbehave(kind, match="^(info|tree)", times=2)
-        task.begin("snapshot_download", repo_id=f"org/listing-{kind}")
-    assert task.call("hashes", folder=task.good().path).files == hashes(SMALL)
-
-
-def test_wrong_bytes_are_never_served(hub: Hub, daemon: Daemon, task: Client) -> None:
-    tree: Tree = {"model.safetensors": Random("wrong once", 9 * MIB)}
-    hub.commit("org/wrong", tree)
-    hub.misbehave("wrong", match="^lfs", times=1)
-    assert task.call("hashes", folder=task.download("org/wrong")).files == hashes(tree)
-    assert blobs(daemon) == set(hashes(tree).values()) and daemon.status()["hub"]["mismatches"] == 1
-    assert lfs_bytes(hub) == 2 * 9 * MIB  # nobody knows which of them were wrong
-
-
-@pytest.mark.parametrize("path", ["model.safetensors", "notes.md"])
-def test_bytes_that_stay_wrong_are_an_error(hub: Hub, daemon: Daemon, task: Client, path: str) -> None:
-    hub.commit("org/always-wrong", {path: Random(f"always wrong {path}", 300_000)}, replace=True)
-    hub.misbehave("wrong", match=path.replace(".", "[.]"))
-    assert task.refused("snapshot_download", repo_id="org/always-wrong").is_error("ContentMismatchError")
-    assert blobs(daemon) == set() and views(daemon) == [] and sum(partials(daemon).values()) == 0
-
-
-def test_a_server_without_ranges(hub: Hub, daemon: Daemon) -> None:
-    tree: Tree = {"model.safetensors": Random("no ranges", 14 * MIB + 3)}
-    hub.commit("org/no-ranges", tree)
-    hub.misbehave("no_range")
-    hub.misbehave("short", match="^lfs", times=2, after=5 * MIB)
-    hub.misbehave("slow", rate=20 * MIB)
-    with clients(daemon, 2) as (first, second):
-        first.begin("fetch", repo_id="org/no-ranges")
-        first.progress(lambda progress: progress["done_bytes"] > 6 * MIB)
-        first.kill()
-        until_idle(daemon)
-        assert sum(partials(daemon).values()) > 3 * MIB
-        assert second.call("hashes", folder=second.download("org/no-ranges")).files == hashes(tree)
-
-
-def test_a_hub_that_goes_away_in_the_middle(hub: Hub, daemon: Daemon, task: Client) -> None:
-    hub.commit("org/away", LARGE)
-    hub.misbehave("slow", rate=8 * MIB)
-    task.begin("fetch", repo_id="org/away")
-    task.progress(lambda progress: progress["done_bytes"] > 4 * MIB)
-    hub.misbehave("down")
-    outcome = task.end()
-    assert outcome.is_error("HubUnavailableError") and outcome.is_error("ConnectionError")
-    kept = sum(partials(daemon).values())
-    assert kept > 0 and views(daemon) == []
-    hub.calm()
-    hub.reset_log()
-    task.begin("fetch", repo_id="org/away")
-    assert task.call("hashes", folder=task.good().path).files == hashes(LARGE)
-    assert hub.bytes_sent() <= SIZE - kept
 
 
 # ---- large repos

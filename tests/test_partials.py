@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcached.model import Content
-from modelcached.partials import MAX_BUFFERS, Partial
+from modelcached.partials import FLUSH_BYTES, MAX_BUFFERS, Partial
 
 from .kernel import file_size_limit, run_as
 
@@ -292,3 +294,43 @@ def test_readers_of_the_progress_see_it_grow(path: Path) -> None:
         looking.result()
     assert seen == sorted(seen) and partial.done_bytes == len(DATA)
     partial.close()
+
+
+class _Disk(Executor):
+    """Flushes at once, and says how that went."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.error = error
+        self.flushes = 0
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.flushes += 1
+        done: Future[Any] = Future()
+        if self.error is None:
+            done.set_result(function(*args, **kwargs))
+        else:
+            done.set_exception(self.error)
+        return done
+
+
+def test_what_is_there_goes_to_the_disk_while_more_is_coming(path: Path) -> None:
+    data, disk = bytes(2 * FLUSH_BYTES + 1), _Disk()
+    partial = Partial(path, sha256_of(data), disk)
+    for offset in range(0, len(data), FLUSH_BYTES // 4):
+        partial.write(offset, [data[offset : offset + FLUSH_BYTES // 4]])
+    assert disk.flushes == 2
+    assert partial.finish() == sha256_of(data).hex
+    partial.close()
+
+
+def test_what_the_disk_could_not_take_is_not_believed(path: Path) -> None:
+    """The kernel tells an error once: afterwards the bytes look as if they were on the disk (I1)."""
+    data = bytes(FLUSH_BYTES)
+    partial = Partial(path, sha256_of(data), _Disk(OSError(errno.EIO, "a broken disk")))
+    partial.write(0, [data])
+    with pytest.raises(OSError, match="a broken disk"):
+        partial.finish()
+    partial.close()
+    again = Partial(path, sha256_of(data))
+    assert again.missing() == [(0, len(data))]
+    again.close()

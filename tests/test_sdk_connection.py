@@ -349,6 +349,7 @@ def test_a_caller_that_leaves_cancels_only_its_own(daemon: FakeDaemon, connectio
     daemon.answers["quick"] = lambda request: request.reply({})
     connection.request("quick", {})
     assert not connection.is_broken
+    daemon.stop()  # has closed its own
     assert not [name for name in open_descriptors() if "/dev/zero" in name]
 
 

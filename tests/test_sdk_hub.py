@@ -26,6 +26,7 @@ from modelcache.protocol import ERROR_CODES
 from .fake_daemon import COMMIT, FakeDaemon, Request
 from .test_sdk_client import in_python
 from .test_sdk_connection import run
+from .test_sdk_files import mounted_with_reflinks
 
 FILES = {"config.json": b"{}", "sub/a.bin": b"a" * 5000, "run.sh": b"#!/bin/sh\n"}
 
@@ -346,6 +347,32 @@ for name in ("org/name", "name", "org/name"):
     views = [str(daemon.show(files)[1]) for files in (FILES, {"a": b"a"}, FILES)]
     assert [line for line in said if not line.startswith("root can write")] == views
     assert len(said) == 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what root gets")
+def test_root_gets_files_that_share_blocks(tmp_path: Path) -> None:
+    place = mounted_with_reflinks(tmp_path)
+    code = """
+import os, sys
+sys.stderr = sys.stdout
+import modelcache
+path = modelcache.snapshot_download("org/name")
+again = modelcache.snapshot_download("org/name")
+open(os.path.join(path, "config.json"), "w").write("mine")
+print(path, again == path)
+"""
+    try:
+        with FakeDaemon(place) as daemon:
+            daemon.repos = {"org/name": FILES}
+            with in_python(daemon, code, TMPDIR=str(place)) as process:
+                assert process.stdout is not None
+                path, is_same = process.stdout.read().split()
+            assert path.startswith(f"{place}/modelcache-{process.pid}-")
+            assert is_same == "True"
+            assert not os.path.exists(path)
+            assert contents(daemon.show(FILES)[1]) == FILES
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import re
@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,13 +182,18 @@ def test_offline(hub: Hub, daemon: Daemon, repo: str, how: str) -> None:
         daemon.restart(offline=True)
     hub.reset_log()
     more = {"local_files_only": True} if how == "local_files_only" else {}
-    with Client.of(daemon, **({"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {})) as task:
+    with Client.of(daemon, {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {}) as task:
         assert task.download(repo, **more) == path
         assert os.path.basename(task.call("hf_hub_download", repo_id=repo, filename="config.json", **more).path or "") == "config.json"
         missing = task.refused("snapshot_download", repo_id=repo, revision=commit, **more)
         assert missing.is_error("IncompleteSnapshotError") and missing.is_error("LocalEntryNotFoundError")
         assert "'new.txt'" in missing.message and missing.value["missing"] == 1
-        for arguments in ({"repo_id": "org/never"}, {"repo_id": repo, "revision": "never"}, {"repo_id": repo, "repo_type": "space"}):
+        unknowns: list[dict[str, Any]] = [
+            {"repo_id": "org/never"},
+            {"repo_id": repo, "revision": "never"},
+            {"repo_id": repo, "repo_type": "space"},
+        ]
+        for arguments in unknowns:
             unknown = task.refused("snapshot_download", **arguments, **more)
             assert unknown.error is not None and unknown.error[0] == "LocalEntryNotFoundError" and unknown.is_error("FileNotFoundError")
     assert hub.requests() == []
@@ -223,12 +229,17 @@ def test_force_download_finds_what_nothing_else_can(hub: Hub, daemon: Daemon, ta
 
 
 @needs_root
-def test_verify_finds_damage_and_the_next_caller_gets_right_bytes(hub: Hub, daemon: Daemon, task: Client, repo: str) -> None:
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+def test_verify_finds_damage_and_the_next_caller_gets_right_bytes(
+    hub: Hub, daemon: Daemon, task: Client, repo: str, restarted: bool
+) -> None:
     path = task.download(repo)
     digest = sha256(FIRST["model.safetensors"])
     damage(daemon.root / "blobs" / "sha256" / digest[:2] / digest)
     reply = task.ask("verify")
     assert reply["damaged"] == [digest] and reply["missing"] == [] and reply["blobs"] == len(FIRST)
+    if restarted:
+        daemon.restart()
     hub.reset_log()
     assert shown(task, task.download(repo)) == hashes(FIRST) and task.download(repo) == path
     assert hub.bytes_sent() == len(FIRST["model.safetensors"])
@@ -239,7 +250,7 @@ def test_verify_finds_damage_and_the_next_caller_gets_right_bytes(hub: Hub, daem
 
 
 def test_what_does_not_exist_has_a_name(hub: Hub, daemon: Daemon, task: Client, repo: str) -> None:
-    asks = [
+    asks: list[tuple[str, dict[str, Any], str]] = [
         ("snapshot_download", {"repo_id": "org/nothing"}, "RepositoryNotFoundError"),
         ("snapshot_download", {"repo_id": repo, "repo_type": "dataset"}, "RepositoryNotFoundError"),
         ("snapshot_download", {"repo_id": repo, "revision": "nothing"}, "RevisionNotFoundError"),
@@ -269,7 +280,7 @@ def test_only_hubs_of_the_config_are_asked(hub: Hub, daemon: Daemon, repo: str, 
             daemon.restart(hub_endpoints=[second.endpoint])
             assert shown(task, task.download(repo, endpoint=second.endpoint)) == hashes(SECOND)
             assert shown(task, task.download(repo)) == hashes(FIRST)
-        with Client.of(daemon, HF_ENDPOINT=second.endpoint + "/") as task:
+        with Client.of(daemon, {"HF_ENDPOINT": second.endpoint + "/"}) as task:
             assert shown(task, task.download(repo)) == hashes(SECOND)
         assert hub.bytes_sent(sha256(FIRST["model.safetensors"])) + second.bytes_sent(sha256(FIRST["model.safetensors"])) == 2 * MIB
 
@@ -300,6 +311,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Takes all the room that is left on a disk."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(MIB)):
+            pass
+
+
 @needs_root
 def test_what_does_not_fit_is_refused_at_once(hub: Hub, small_disk: Path) -> None:
     hub.commit("org/too-large", {"config.json": b"{}", "model.safetensors": Random("too large", 70 * MIB)})
@@ -326,12 +344,7 @@ def test_a_disk_that_fills_up_meanwhile(hub: Hub, small_disk: Path) -> None:
         hub.misbehave("slow", rate=40 * MIB)
         task.begin("fetch", repo_id="org/fills")
         task.progress(lambda progress: progress["done_bytes"] > 25 * MIB)
-        with open(filler, "wb", buffering=0) as file:
-            try:
-                while file.write(bytes(MIB)):
-                    pass
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+        fill(filler)
         outcome = task.end()
         assert outcome.is_error("NoSpaceError") and "the disk is full" in outcome.message and "hint: " in outcome.message
         assert daemon.status()["blob_flights"]["running"] == 0 and views(daemon) == []

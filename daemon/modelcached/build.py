@@ -52,10 +52,13 @@ async def build_service(
     transfer = Transfer(hub, config.hub_connections, config.stall_seconds)
     closing.push_async_callback(transfer.close)
 
+    partials = Partials(layout)
+    closing.callback(partials.close)
+
     trees, repos, leases = Trees(layout, blobs.path), Repos(layout), Leases(layout)
     lookup = Lookup(repos, hub, pool, flights, config.fresh_seconds, config.verdict_seconds, config.offline)
     limits = Limits(config.hub_connections, config.hub_piece, config.hub_range)
-    blob_flights = BlobFlights(blobs, Partials(layout), transfer, pool, flights, limits)
+    blob_flights = BlobFlights(blobs, repos, partials, transfer, pool, flights, limits)
     disk = os.statvfs(layout.root)
     min_free = config.min_free.of(disk.f_blocks * disk.f_frsize)
     fetch = Fetch(layout, blobs, trees, repos, lookup, hub, blob_flights, pool, flights, min_free)

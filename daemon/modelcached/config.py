@@ -152,7 +152,8 @@ def load(
 
     if values["hub_range"] < values["hub_piece"]:
         problems.append(Problem("hub_range", origins["hub_range"], f"less than hub_piece ({values['hub_piece']}, {origins['hub_piece']})"))
-    if values["socket"] is not None and len(bytes(values["socket"])) > MAX_SOCKET_PATH_BYTES:
+    is_passed_in = "LISTEN_FDS" in environment  # then nobody binds the path
+    if values["socket"] is not None and not is_passed_in and len(bytes(values["socket"])) > MAX_SOCKET_PATH_BYTES:
         message = f"a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes: {values['socket']}"
         problems.append(Problem("socket", origins["socket"], message))
     if problems:

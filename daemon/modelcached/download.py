@@ -54,6 +54,7 @@ class Download:
         self._sink = sink
         self._report = report
         self._todo: deque[Span] = deque()
+        self._answered = asyncio.Event()  # it is known where the bytes are
 
     async def run(self) -> None:
         """Fills all gaps of the sink."""
@@ -62,6 +63,7 @@ class Download:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._limits.connections, len(self._todo))):
                     group.create_task(self._work())
+                    await self._answered.wait()  # the hub is asked by the first one only; the others go where it was sent
         except ExceptionGroup as errors:
             if any(isinstance(error, _NoRanges) for error in errors.exceptions):
                 await self._run_whole()
@@ -75,6 +77,7 @@ class Download:
             cursor = _Cursor(start, end)
             try:
                 async with self._transfer.answer(self._source, (start, end)) as answer:
+                    self._answered.set()
                     self._check_span(answer, start, end)
                     await self._pour(answer, cursor)
             except Again as again:

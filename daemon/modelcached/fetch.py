@@ -115,6 +115,7 @@ class Fetch:
         self._damaged: set[Digest] = set()
         self._comparing: set[TreeId] = set()
         self._assemblies: Flights[AssemblyKey, Assembly, Shown] = Flights(group)
+        self._showing: Flights[TreeId, Flight[TreeId], TreeId] = Flights(group)
 
     async def get(self, ask: Ask, report: Report, warn: Warn) -> Got:
         """The view of what was asked for, every byte of it checked."""
@@ -161,9 +162,9 @@ class Fetch:
         async with self._shown_to_waiters(meter, selection.repo):
             meter.phase = "list"
             files = await self._files(selection, ask)
-            if ask.force:
-                await self._verify(selection.repo, files, meter)
-            here = await self._pool.run(self._here, selection.repo, files)
+            here = {} if ask.force else await self._pool.run(self._here, selection.repo, files)
+            if await self._verify(selection.repo, [file for file in files if file.path not in here], meter):
+                here = await self._pool.run(self._here, selection.repo, files)
             missing = [file for file in files if file.path not in here]
             size, missing_size = sum(file.size for file in files), sum(file.size for file in missing)
             meter.start(size, len(files), size - missing_size, len(files) - len(missing))
@@ -175,13 +176,13 @@ class Fetch:
             meter.phase, meter.source = "publish", "disk"
             tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
             with disk_errors(f"building the view of {selection.repo}"):
-                name = await self._pool.run(self._show, tree)
+                name = await self._show(tree)
                 self._repos.set_shown(selection.repo, name, Selected(*selection[1:]))
         return self._shown.put(selection, Shown(name, tree))
 
     async def _select(self, ask: Ask, warn: Warn) -> tuple[Selection, bool]:
         commit = await self._lookup.commit(ask.repo, ask.revision, ask.token, warn, ask.force, ask.local)
-        is_private = await self._lookup.permit(ask.repo, ask.token, ask.local)
+        is_private = await self._lookup.permit(ask.repo, ask.revision, ask.token, ask.local)
         return Selection(ask.repo, commit, ask.allow, ask.ignore, ask.filename), is_private
 
     async def _files(self, selection: Selection, ask: Ask) -> list[ListedFile]:
@@ -208,8 +209,6 @@ class Fetch:
             for file in queue:
                 source = Source(selection.repo, selection.commit, file.path, token)
                 digest = await self._flights.join(self._repos.content(selection.repo, file), source, meter)
-                if file.sha256 is None:
-                    self._repos.set_digest(selection.repo, file.oid, digest)
                 if digest in self._damaged:
                     self._damaged.discard(digest)
                     await self._pool.run(self._trees.relink, digest)  # I10
@@ -223,21 +222,33 @@ class Fetch:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _verify(self, repo: Repo, files: list[ListedFile], meter: Meter) -> None:
-        """Hashes what is here of the files; what lies goes to quarantine."""
-        meter.phase, meter.source = "verify", "disk"
-        meter.start(sum(file.size for file in files), len(files), 0, 0)
-        for file in files:
-            digest = self._repos.digest(repo, file)
-            if digest is not None and self._blobs.path(digest).exists() and not await self._pool.run(self._blobs.check, digest):
+    async def _verify(self, repo: Repo, files: list[ListedFile], meter: Meter) -> bool:
+        """Hashes what is here of the files; what lies goes to quarantine. False: there was nothing to hash."""
+        present = await self._pool.run(self._present, repo, files)
+        if present:
+            meter.phase, meter.source = "verify", "disk"
+            meter.start(sum(present.values()), len(present), 0, 0)
+        for digest, size in present.items():
+            if not await self._pool.run(self._blobs.check, digest):
                 self.note_damaged(digest)
-            meter.finish(file.size)
+            meter.finish(size)
+        return bool(present)
 
-    def _show(self, tree: Tree) -> TreeId:
-        """Writes the tree down and makes its view what it should be (blocks)."""
-        name = self._trees.save(tree)
-        self._trees.mend(name, tree)
-        return name
+    def _present(self, repo: Repo, files: Sequence[ListedFile]) -> dict[Digest, int]:
+        """The blobs of these files that are on disk, whatever they look like, and their sizes (blocks)."""
+        known = {self._repos.digest(repo, file): file.size for file in files}
+        return {digest: size for digest, size in known.items() if digest is not None and self._blobs.path(digest).exists()}
+
+    async def _show(self, tree: Tree) -> TreeId:
+        """Writes the tree down and makes its view what it should be; once, when several selections turn out to show the same files."""
+
+        def work() -> TreeId:
+            name = self._trees.save(tree)
+            self._trees.mend(name, tree)
+            return name
+
+        name = await self._pool.run(tree.tree_id)
+        return await self._showing.join(name, lambda: Flight(lambda: self._pool.run(work)))
 
     async def _is_as_published(self, selection: Selection, shown: Shown) -> bool:
         """Compares the view's files with what was published (I1). A file that differs is hashed, and the next assembly mends the view."""
@@ -257,7 +268,7 @@ class Fetch:
     async def _compare_behind(self, shown: Shown) -> None:
         try:
             if not await self._compare(shown):
-                await self._pool.run(self._show, shown.tree)
+                await self._show(shown.tree)
         except (OSError, ModelcachedError) as error:  # a blob is gone: the next caller's assembly fetches it
             log.warning("a view could not be mended", extra={"tree": shown.name, "error": str(error)})
         finally:
@@ -315,6 +326,7 @@ class Fetch:
     def _told_of_pauses(self, repo: Repo, report: Report) -> Iterator[None]:
         """The same for one caller during a look-up. A timer instead of a task: nearly every look-up is answered from memory."""
         loop = asyncio.get_running_loop()
+        ticking: asyncio.TimerHandle
 
         def tick() -> None:
             nonlocal ticking

@@ -17,6 +17,7 @@ from .errors import ContentMismatch, HubProblem, disk_errors
 from .meter import Meter
 from .model import Content, Digest
 from .partials import Partial, Partials
+from .repos import Repos
 from .singleflight import Flight, Flights
 from .tasks import Pool
 from .transfer import Source, Transfer
@@ -43,8 +44,18 @@ class BlobFlight(Flight[Digest]):
 
 
 class BlobFlights:
-    def __init__(self, blobs: Blobs, partials: Partials, transfer: Transfer, pool: Pool, group: asyncio.TaskGroup, limits: Limits) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        repos: Repos,
+        partials: Partials,
+        transfer: Transfer,
+        pool: Pool,
+        group: asyncio.TaskGroup,
+        limits: Limits,
+    ) -> None:
         self._blobs = blobs
+        self._repos = repos
         self._partials = partials
         self._transfer = transfer
         self._pool = pool
@@ -72,11 +83,24 @@ class BlobFlights:
         return self._flights.running()
 
     async def _bring(self, flight: BlobFlight) -> Digest:
+        arrived = self._arrived(flight)
+        if arrived is not None:
+            return arrived
         bring = self._bring_small if flight.content.size <= SMALL_BYTES else self._bring_large
         with disk_errors(f"downloading {flight.sources[0].path!r}"):
             digest = await bring(flight)
+            if flight.content.algorithm == "git-sha1":
+                self._repos.set_digest(flight.sources[0].repo, flight.content.hex, digest)
         self.hub_bytes += flight.content.size
         return digest
+
+    def _arrived(self, flight: BlobFlight) -> Digest | None:
+        """The blob, if an earlier flight brought it after this one's caller had looked at the disk."""
+        content = flight.content
+        digest: Digest | None = Digest(content.hex)
+        if content.algorithm == "git-sha1":
+            digest = self._repos.digest_of(flight.sources[0].repo, content.hex)
+        return digest if digest is not None and self._blobs.has(digest, content.size) else None
 
     async def _bring_small(self, flight: BlobFlight) -> Digest:
         async def attempt(source: Source) -> Digest | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -82,13 +83,17 @@ class Hub:
         self._pool = Pool("hub", API_THREADS)
         if "SSL_CERT_FILE" not in os.environ and (bundle := os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")):
             os.environ["SSL_CERT_FILE"] = bundle  # what huggingface_hub's client and ssl itself read
+        for name in ("http_proxy", "https_proxy"):  # huggingface_hub's client takes "all" for both, aiohttp does not
+            everywhere = os.environ.get("all_proxy") or os.environ.get("ALL_PROXY") or ""
+            if everywhere.startswith("http") and name not in os.environ and name.upper() not in os.environ:
+                os.environ[name] = everywhere
         constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask the default endpoint, whatever the config allows (I8)
         hf_http.set_client_factory(_client)
 
     async def look_up(self, repo: Repo, revision: str, token: str | None, attempts: int | None = None) -> Answer:
         """The commit a revision points to now. `attempts` below the setting: when an older answer would do."""
         info = await self._ask(repo, lambda: _api(repo, token).repo_info(repo.id, repo_type=repo.type, revision=revision), attempts)
-        if not info.sha or not is_commit(info.sha):
+        if not isinstance(info.sha, str) or not is_commit(info.sha):
             raise HubProblem(
                 f"{repo.endpoint} says that {repo}@{revision} is commit {info.sha!r}", "is this a hub at all? look at hub_endpoint"
             )
@@ -203,8 +208,10 @@ def _translated(repo: Repo) -> Iterator[None]:
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         what = str(error.response.request.url).partition("?")[0]
         raise refusal(error.response.status_code, error.response.headers, repo, what, code) from error
-    except (_transport_error(), ValueError) as error:  # ValueError: an answer that is no JSON
+    except _transport_error() as error:
         raise Again(f"{type(error).__name__}: {str(error)[:200]}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or not what a hub says: some proxy's own page
+        raise Again(f"its answer makes no sense ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def _api(repo: Repo, token: str | None) -> HfApi:
@@ -213,7 +220,7 @@ def _api(repo: Repo, token: str | None) -> HfApi:
 
 def _listed(entry: RepoFile) -> ListedFile:
     lfs = entry.lfs
-    return ListedFile(entry.path, entry.size, entry.blob_id, lfs.sha256 if lfs else None, entry.xet_hash)
+    return msgspec.convert((entry.path, entry.size, entry.blob_id, lfs.sha256 if lfs else None, entry.xet_hash), ListedFile)
 
 
 def _client() -> Any:

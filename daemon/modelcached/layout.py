@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -30,43 +31,43 @@ PRIVATE_FOLDERS = ("blobs", "blobs/sha256", "partial", "trees", "repos", "leases
 class Layout:
     root: Path
 
-    @property
+    @cached_property
     def version(self) -> Path:
         return self.root / "VERSION"
 
-    @property
+    @cached_property
     def lock(self) -> Path:
         return self.root / "lock"
 
-    @property
+    @cached_property
     def blobs(self) -> Path:
         return self.root / "blobs" / "sha256"
 
-    @property
+    @cached_property
     def partials(self) -> Path:
         return self.root / "partial"
 
-    @property
+    @cached_property
     def trees(self) -> Path:
         return self.root / "trees"
 
-    @property
+    @cached_property
     def views(self) -> Path:
         return self.root / "views"
 
-    @property
+    @cached_property
     def repos(self) -> Path:
         return self.root / "repos"
 
-    @property
+    @cached_property
     def leases(self) -> Path:
         return self.root / "leases"
 
-    @property
+    @cached_property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
 
-    @property
+    @cached_property
     def tmp(self) -> Path:
         return self.root / "tmp"
 

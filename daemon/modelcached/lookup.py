@@ -63,18 +63,18 @@ class Lookup:
             return Commit(known.commit)
         return answer.commit
 
-    async def permit(self, repo: Repo, token: str | None, local: bool = False) -> bool:
+    async def permit(self, repo: Repo, revision: str, token: str | None, local: bool = False) -> bool:
         """Returns whether the repo is private or gated, for a caller who may have it; raises for one who may not (I8)."""
         seen = self._repos.visibility(repo)
         if seen is None:
-            raise not_here(repo)
+            raise not_here(repo, revision)
         if seen.is_public:
             return False
         said = self._verdicts.get(self._verdict_key(repo, token))
         if said is not None and time.monotonic() - said < self._verdict_seconds:
             return True
         if local or self._offline:
-            raise not_here(repo)
+            raise not_here(repo, revision)
         await self._accesses.join((repo, token), lambda: Flight(lambda: self._hub.check_access(repo, token)))
         self._accept(repo, token)
         return True
@@ -125,10 +125,9 @@ class Lookup:
         return hashlib.sha256(self._salt + repr((repo, token)).encode()).digest()
 
 
-def not_here(repo: Repo, revision: str = "") -> LocalEntryNotFound:
+def not_here(repo: Repo, revision: str) -> LocalEntryNotFound:
     """What a caller is told who may not ask the hub: the same for what does not exist, is not here, or is not for him."""
-    what = f"{repo}@{revision}" if revision else str(repo)
     return LocalEntryNotFound(
-        f"{what} is not on this node, and the hub may not be asked",
+        f"{repo}@{revision} is not on this node, and the hub may not be asked",
         "drop local_files_only and HF_HUB_OFFLINE to fetch it, or see what is here: modelcache ls",
     )

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, NewType
 from urllib.parse import quote
 
@@ -97,7 +98,7 @@ class Tree:
     links: tuple[tuple[str, str], ...] = ()  # path, relative target that stays inside
     folders: tuple[str, ...] = ()  # empty ones
 
-    @property
+    @cached_property
     def size(self) -> int:
         return sum(file.size for file in self.files)
 

@@ -8,11 +8,13 @@ written at its front; it is checked before the bytes get a name (I1).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from . import durable
@@ -20,18 +22,23 @@ from .layout import Layout
 from .model import Content, Digest
 
 READ_BYTES = 1 << 20
+FLUSH_BYTES = 32 << 20  # so much goes to the disk while more is coming, instead of all of it at the publication
+FLUSH_THREADS = 2  # they wait for the disk
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # a slow line brings many small chunks
 
 
 class Partial:
     """One download in progress. At most one exists per content (I5). All methods block: call them from a pool's thread.
 
-    `_pieces`, `_front` and the hashes belong to whoever holds `_lock`; `_hashing` says that a thread is extending the front.
+    `_pieces`, `_unflushed` and `_flushing` belong to whoever holds `_lock`; `_hashing` says that a thread owns the front and its hashes.
     """
 
-    def __init__(self, path: Path, content: Content) -> None:
+    def __init__(self, path: Path, content: Content, flusher: Executor | None = None) -> None:
         self.path = path
         self.content = content
+        self._flusher = flusher
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0  # bytes
         self._map = path.with_name(path.name + ".map")
         self._lock = threading.Lock()
         self._hashing = False
@@ -74,11 +81,17 @@ class Partial:
         with self._lock:
             self._pieces[offset] = length
             self._done += length
-        self._extend_front()
+            self._unflushed += length
+            if self._flusher and self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+                self._check_flush()
+                self._unflushed = 0
+                self._flushing = self._flusher.submit(durable.sync_data, self._data)
+        self._extend_front(offset, chunks)
 
     def finish(self) -> Digest | None:
         """The SHA-256 of the whole content, or None when the bytes are not what their name says."""
         self._extend_front()
+        self._check_flush()
         if self._front != self.content.size:
             return None
         digest = self._sha256.hexdigest()
@@ -92,10 +105,12 @@ class Partial:
         self._start_over()
 
     def close(self) -> None:
-        """Keeps what is there for the next time."""
-        for handle in (self._data, self._lines):
-            with contextlib.suppress(OSError):
-                os.close(handle)
+        """Keeps what is there for the next time. Does not wait for the disk."""
+        os.close(self._lines)
+        if self._flushing is None:
+            os.close(self._data)
+        else:
+            self._flushing.add_done_callback(lambda _: os.close(self._data))
 
     def forget_map(self) -> None:
         """After the publication: the data has moved on."""
@@ -131,24 +146,35 @@ class Partial:
     def _holds(self, offset: int, length: int, crc: int) -> bool:
         """Whether the bytes on disk have this CRC; those that continue the front go into the hashes in the same pass."""
         sha256, git = self._sha256.copy(), self._git.copy() if self._git else None
-        found, position = 0, offset
-        while position < offset + length:
-            chunk = os.pread(self._data, min(READ_BYTES, offset + length - position), position)
-            if not chunk:
-                return False
-            found = zlib.crc32(chunk, found)
-            sha256.update(chunk)
-            if git is not None:
-                git.update(chunk)
-            position += len(chunk)
+        found = 0
+        try:
+            for chunk in self._read(offset, length):
+                found = zlib.crc32(chunk, found)
+                sha256.update(chunk)
+                if git is not None:
+                    git.update(chunk)
+        except _TooShort:
+            return False
         if found != crc:
             return False
         if offset == self._front:
-            self._sha256, self._git, self._front = sha256, git, position
+            self._sha256, self._git, self._front = sha256, git, offset + length
         return True
 
-    def _extend_front(self) -> None:
-        """Hashes on from the front as far as pieces are there. One thread at a time; the others leave it to that one."""
+    def _read(self, offset: int, length: int) -> Iterator[bytes]:
+        end = offset + length
+        while offset < end:
+            chunk = os.pread(self._data, min(READ_BYTES, end - offset), offset)
+            if not chunk:
+                raise _TooShort(errno.EIO, f"a piece of a download ends at {offset}, and not at {end}", str(self.path))
+            yield chunk
+            offset += len(chunk)
+
+    def _extend_front(self, offset: int = -1, chunks: Sequence[bytes] = ()) -> None:
+        """Hashes on from the front as far as pieces are there; `chunks` is the piece at `offset`, for it need not be read then.
+
+        One thread at a time; the others leave it to that one.
+        """
         while True:
             with self._lock:
                 length = self._pieces.get(self._front, 0)
@@ -156,11 +182,7 @@ class Partial:
                     return
                 self._hashing = True
             try:
-                end = self._front + length
-                while self._front < end:
-                    chunk = os.pread(self._data, min(READ_BYTES, end - self._front), self._front)
-                    if not chunk:
-                        raise OSError(5, "a piece that was written can't be read", str(self.path))
+                for chunk in chunks if self._front == offset else self._read(self._front, length):
                     self._sha256.update(chunk)
                     if self._git is not None:
                         self._git.update(chunk)
@@ -169,21 +191,38 @@ class Partial:
                 with self._lock:
                     self._hashing = False
 
+    def _check_flush(self) -> None:
+        """Waits for the flush. Its error is final: the kernel tells it once, and what it could not write looks written from then on."""
+        if self._flushing is not None:
+            try:
+                self._flushing.result()
+            except OSError:
+                os.ftruncate(self._lines, 0)
+                raise
+
     def __repr__(self) -> str:
         return f"<Partial {self.path.name} {self._done}/{self.content.size}>"
+
+
+class _TooShort(OSError):
+    """The file ends before a piece that should be in it."""
 
 
 class Partials:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._flusher = ThreadPoolExecutor(FLUSH_THREADS, thread_name_prefix="flush")
 
     def open(self, content: Content) -> Partial:
-        return Partial(self._layout.partial(content), content)
+        return Partial(self._layout.partial(content), content, self._flusher)
 
     def size_bytes(self) -> int:
         """What unfinished downloads take on disk."""
         with os.scandir(self._layout.partials) as files:
             return sum(file.stat().st_blocks * 512 for file in files)
+
+    def close(self) -> None:
+        self._flusher.shutdown(wait=False)
 
 
 def _claims(raw: bytes, size: int) -> list[tuple[int, int, int]]:

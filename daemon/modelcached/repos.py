@@ -132,7 +132,11 @@ class Repos:
 
     def digest(self, repo: Repo, file: ListedFile) -> Digest | None:
         """The SHA-256 of a listed file: from the listing, else from an earlier download of the same git id in this repo."""
-        return Digest(file.sha256) if file.sha256 is not None else self._oids_of(repo).get(file.oid)
+        return Digest(file.sha256) if file.sha256 is not None else self.digest_of(repo, file.oid)
+
+    def digest_of(self, repo: Repo, oid: str) -> Digest | None:
+        """What a git id of this repo turned out to be."""
+        return self._oids_of(repo).get(oid)
 
     def set_digest(self, repo: Repo, oid: str, digest: Digest) -> None:
         """Remembers what a git id turned out to be; a line of the log `oids`."""
@@ -142,7 +146,7 @@ class Repos:
         known[oid] = digest
         line = f"{oid} {digest}".encode()
         with open(self._layout.oids(repo), "ab", buffering=0) as log:
-            log.write(b"%s %08x\n" % (line, zlib.crc32(line)))
+            log.write(b"\n%s %08x" % (line, zlib.crc32(line)))  # the newline first: a torn line does not swallow the next one
 
     def set_shown(self, repo: Repo, tree: TreeId, selected: Selected) -> None:
         """Remembers that this tree shows files of this repo."""

@@ -116,7 +116,9 @@ class Service:
             leased=name not in params.held,
             warnings=warnings,
         )
-        log.info(
+        is_news = reply.leased or reply.hub_bytes > 0  # a task that asks again and again says so once
+        log.log(
+            logging.INFO if is_news else logging.DEBUG,
             "fetch",
             extra={
                 "repo": str(ask.repo),

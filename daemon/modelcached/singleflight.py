@@ -34,7 +34,7 @@ class Flights(Generic[K, F, V]):
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
         self._flying: dict[K, F] = {}
-        self._ending: dict[K, asyncio.Task[None]] = {}
+        self._ending: dict[K, set[asyncio.Task[None]]] = {}  # stopped, still tidying up
         self.started = 0
         self.joined = 0  # callers that found a flight already there
 
@@ -50,14 +50,14 @@ class Flights(Generic[K, F, V]):
         if flight is not None:
             self.joined += 1
             return flight
-        flight, before = make(), self._ending.get(key)
-        flying = self._fly(key, flight, before)
+        flight = make()
+        flying = self._fly(key, flight)
         try:
             flight.task = self._group.create_task(flying)
         except RuntimeError:  # the group takes no new tasks
             flying.close()
             raise _ending() from None
-        flight.task.add_done_callback(lambda _: self._land(key, flight, before))  # also when cancelled before its first step
+        flight.task.add_done_callback(lambda _: self._land(key, flight))  # also when cancelled before its first step
         self._flying[key] = flight
         self.started += 1
         return flight
@@ -80,14 +80,14 @@ class Flights(Generic[K, F, V]):
         assert flight.task is not None
         if self._flying.get(key) is flight:
             del self._flying[key]
-            self._ending[key] = flight.task
+            self._ending.setdefault(key, set()).add(flight.task)
         flight.outcome.cancel()
         flight.task.cancel()
 
-    async def _fly(self, key: K, flight: F, before: asyncio.Task[None] | None) -> None:
+    async def _fly(self, key: K, flight: F) -> None:
         try:
-            if before is not None:
-                await asyncio.wait([before])
+            while ending := self._ending.get(key):
+                await asyncio.wait(ending)
             result = await flight.work()
         except Exception as error:
             _fail(flight, error)
@@ -95,17 +95,17 @@ class Flights(Generic[K, F, V]):
             if not flight.outcome.done():
                 flight.outcome.set_result(result)
         finally:
-            self._land(key, flight, before)
+            self._land(key, flight)
 
-    def _land(self, key: K, flight: F, before: asyncio.Task[None] | None) -> None:
-        """Forgets the flight. One that was stopped while it waited for `before` leaves its place to that one."""
+    def _land(self, key: K, flight: F) -> None:
+        """Forgets the flight."""
         _fail(flight, _ending())
         if self._flying.get(key) is flight:
             del self._flying[key]
-        if self._ending.get(key) is flight.task:
-            del self._ending[key]
-            if before is not None and not before.done():
-                self._ending[key] = before
+        ending = self._ending.get(key, set())
+        ending.discard(flight.task)
+        if not ending:
+            self._ending.pop(key, None)
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._flying)} flying, {len(self._ending)} ending>"

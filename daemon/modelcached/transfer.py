@@ -151,14 +151,20 @@ class Transfer:
                 return answer
             answer.release()
             if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                url = url.join(URL(answer.headers["Location"], encoded=True))
+                url = _joined(url, answer.headers["Location"])
             elif answer.status == 429 or answer.status >= 500:
                 raise Again(f"HTTP {answer.status} from {url.host}", pause_asked(answer.headers))
             elif known is not None:
                 source.location = None  # a signed address that has expired
                 raise Again(f"HTTP {answer.status} from {url.host}")
-            else:
+            elif url.origin() == home:
                 raise refusal(answer.status, answer.headers, source.repo, source.path)
+            else:
+                raise HubProblem(
+                    f"{source.path!r} of {source.repo} lies on {url.host}, which refuses it with HTTP {answer.status}",
+                    "check this node's clock and its way to that host (a proxy?); if both are fine, tell the repo's owner",
+                    status=answer.status,
+                )
         raise HubProblem(f"{source.repo.endpoint} redirects {source.path!r} in a circle", "is this a hub at all? look at hub_endpoint")
 
     async def _get(self, url: URL, token: str | None, span: Span | None) -> aiohttp.ClientResponse:
@@ -180,6 +186,14 @@ class Transfer:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+def _joined(url: URL, location: str) -> URL:
+    with suppress(ValueError):
+        target = url.join(URL(location, encoded=True))
+        if target.scheme in ("http", "https") and target.host:
+            return target
+    raise HubProblem(f"{url.host} redirects to {location[:200]!r}, which is no address", "is this a hub at all? look at hub_endpoint")
 
 
 @contextmanager

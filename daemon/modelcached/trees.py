@@ -68,7 +68,7 @@ class Trees:
     def mend(self, name: TreeId, tree: Tree) -> None:
         """Makes the view show exactly this tree, whatever it shows now (blocks). Every blob has been published before (I2)."""
         view = self._layout.view(name)
-        wanted = {file.path for file in tree.files} | {path for path, _ in tree.links} | set(tree.folders)
+        wanted = {file.path for file in tree.files} | {_link(*link) for link in tree.links} | {f"{path}/" for path in tree.folders}
         if not view.exists() or set(_walk(view)) != wanted:
             self.build(name, tree)
         for file in self.suspects(name, tree.files):
@@ -116,8 +116,9 @@ class Trees:
                 continue
             for file in tree.files:
                 if file.sha256 == digest:
-                    self._renew(view / file.path, file)
-                    renewed += 1
+                    with contextlib.suppress(FileNotFoundError):  # the view was taken away meanwhile
+                        self._renew(view / file.path, file)
+                        renewed += 1
         return renewed
 
     def admit(self, name: TreeId, caller: Caller, is_private: bool) -> None:
@@ -189,15 +190,16 @@ class Trees:
     def _renew(self, shown: Path, file: TreeFile) -> None:
         fresh = self._layout.fresh("link")
         source = self._blob_path(file.sha256, file.executable)
-        if not durable.link(source, fresh):
-            _copy_blob(source, fresh)
         folder = shown.parent
         mode = stat.S_IMODE(folder.stat().st_mode)
-        folder.chmod(mode | 0o200)
         try:
+            if not durable.link(source, fresh):
+                _copy_blob(source, fresh)
+            folder.chmod(mode | 0o200)
             durable.rename(fresh, shown)
         finally:
             folder.chmod(mode)
+            fresh.unlink(missing_ok=True)
 
 
 def _is_open(view: Path) -> bool:
@@ -223,7 +225,7 @@ def _copy_blob(source: Path, target: Path) -> None:
 
 
 def _walk(view: Path) -> Iterator[str]:
-    """Relative paths of all files, links and empty folders below a view."""
+    """Relative paths of all files, links (`_link`) and empty folders (with a slash) below a view."""
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -232,9 +234,15 @@ def _walk(view: Path) -> Iterator[str]:
             for entry in entries:
                 is_empty = False
                 path = f"{folder}{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_symlink():
+                    yield _link(path, os.readlink(entry.path))
+                elif entry.is_dir(follow_symlinks=False):
                     pending.append(f"{path}/")
                 else:
                     yield path
         if is_empty and folder:
-            yield folder.rstrip("/")
+            yield folder
+
+
+def _link(path: str, destination: str) -> str:
+    return f"{path}\0{destination}"

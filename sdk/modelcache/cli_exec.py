@@ -34,7 +34,7 @@ _SI_KERNEL = 0x80  # si_code of a signal from the terminal, which the command go
 
 def execute(asked: argparse.Namespace, show: Show) -> int:
     if not asked.program:
-        raise UsageError("no command to run", "modelcache exec %s -- python train.py" % " ".join(asked.repos))
+        raise UsageError("no command to run", "it follows --, as in: modelcache exec %s -- python train.py" % asked.repos[0])
     connected = cli_daemon.client(asked, show)
     with _cache_folder() as (cache, lock):
         prepared = _fill(cache, asked, connected, show)

@@ -70,8 +70,9 @@ class Show:
         """Like `data`, in columns; those of `numbers` are aligned to the right."""
         if self.as_json:
             self.json(document)
-        elif not (sys.stdout.isatty() and _draw_table(heads, rows, numbers)):
-            widths = [max(map(len, column)) for column in zip(heads, *rows)]
+            return
+        widths = [max(map(len, column)) for column in zip(heads, *rows)]
+        if not (sys.stdout.isatty() and _draw_table(heads, rows, numbers, sum(widths) + 2 * len(widths))):
             for row in (heads, *rows):
                 cells = [cell.rjust(width) if head in numbers else cell.ljust(width) for cell, width, head in zip(row, widths, heads)]
                 print("  ".join(cells).rstrip())
@@ -86,12 +87,13 @@ class Show:
 
     def fail(self, error: BaseException) -> int:
         """Says what went wrong and what to do; the exit code."""
-        name = getattr(error, "name", "")
+        name = getattr(error, "name", "internal")
         message = _message_of(error).strip().rstrip(".")
         hint = getattr(error, "hint", "") or _hint_for(error)
         code = code_of(error)
         if self.as_json:
-            self.json({"error": {"name": name or type(error).__name__, "message": message, "hint": hint, "exit_code": code}})
+            said = {"name": type(error).__name__ if name == "internal" else name, "message": message, "hint": hint, "exit_code": code}
+            self.json({"error": said})
         print("modelcache: error: %s" % message, file=sys.stderr)
         if hint:
             print("hint: %s" % hint, file=sys.stderr)
@@ -223,19 +225,23 @@ def _bar(label: str) -> Any:
     return bar
 
 
-def _draw_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> bool:
+def _draw_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str], width: int) -> bool:
+    """False when it can't be drawn: a table that is too wide would break paths, which then can't be copied."""
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
         return False
+    console = Console()
+    if width > console.width:
+        return False
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in heads:
-        table.add_column(head, justify="right" if head in numbers else "left", overflow="fold")
+        table.add_column(head, justify="right" if head in numbers else "left")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    console.print(table)
     return True
 
 

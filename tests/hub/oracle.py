@@ -96,6 +96,8 @@ def _call(name: str, arguments: dict[str, Any]) -> Outcome:
         path = getattr(huggingface_hub, name)(**arguments)
     except Exception as error:
         return Outcome(error=[kind.__name__ for kind in type(error).__mro__], message=str(error))
+    if arguments.get("dry_run"):
+        return Outcome(value=path)
     if name == "snapshot_download":
         return Outcome(path, file_hashes(Path(path)))
     shown = os.path.join(arguments.get("subfolder") or "", arguments["filename"])

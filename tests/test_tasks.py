@@ -1,0 +1,133 @@
+"""Threads for the loop: a cancelled caller never outruns his thread, and never forgets that he was cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from modelcached.tasks import Pool, settled
+
+
+async def test_results_and_errors_come_back() -> None:
+    pool = Pool("test", 2)
+    assert await pool.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await pool.run(divmod, 7, 0)
+    assert await pool.abandon(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await pool.abandon(divmod, 7, 0)
+    pool.close()
+
+
+class Work:
+    """Runs in a thread until it is told to end."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.started, self.may_end, self.is_done = threading.Event(), threading.Event(), False
+        self._error = error
+
+    def __call__(self) -> str:
+        self.started.set()
+        assert self.may_end.wait(10)
+        self.is_done = True
+        if self._error is not None:
+            raise self._error
+        return "done"
+
+
+@pytest.mark.parametrize("error", [None, OSError("the disk")])
+@pytest.mark.parametrize("cancels", [1, 3])
+async def test_cancelled_while_it_runs(error: Exception | None, cancels: int) -> None:
+    """The thread may be writing to a descriptor that the caller is about to close."""
+    pool, work = Pool("test", 1), Work(error)
+    caller = asyncio.create_task(pool.run(work))
+    await asyncio.to_thread(work.started.wait, 5)
+    for _ in range(cancels):
+        caller.cancel()
+        await asyncio.wait([caller], timeout=0.02)
+        assert not caller.done()
+    work.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert work.is_done
+    pool.close()
+
+
+async def test_cancelled_before_it_runs() -> None:
+    pool, running, waiting = Pool("test", 1), Work(), Work()
+    first = asyncio.create_task(pool.run(running))
+    await asyncio.to_thread(running.started.wait, 5)
+    second = asyncio.create_task(pool.run(waiting))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    running.may_end.set()
+    assert await first == "done"
+    assert await pool.run(lambda: "next") == "next"
+    assert not waiting.started.is_set()
+    pool.close()
+
+
+async def test_who_holds_nothing_leaves_at_once() -> None:
+    pool, work = Pool("test", 1), Work()
+    caller = asyncio.create_task(pool.abandon(work))
+    await asyncio.to_thread(work.started.wait, 5)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert not work.is_done
+    work.may_end.set()
+    assert await pool.run(lambda: work.is_done)
+    pool.close()
+
+
+async def test_no_more_threads_than_said() -> None:
+    pool = Pool("test", 3)
+    everybody = threading.Barrier(3)  # would break with fewer
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def work() -> None:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        everybody.wait(10)
+        with lock:
+            busy -= 1
+
+    await asyncio.gather(*(pool.run(work) for _ in range(12)))
+    assert most == 3
+    pool.close()
+
+
+@pytest.mark.parametrize("outcome", ["result", "error", "cancelled"])
+async def test_settled(outcome: str) -> None:
+    """Waits for any outcome, shows none of them."""
+    future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    waiter = asyncio.create_task(settled(future))
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    if outcome == "result":
+        future.set_result("")
+    elif outcome == "error":
+        future.set_exception(OSError("the disk"))
+    else:
+        future.cancel()
+    await waiter
+
+
+async def test_settled_keeps_the_cancellation() -> None:
+    """Else a download that was stopped while its last piece was written would go on with the next range."""
+    future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    waiter = asyncio.create_task(settled(future))
+    await asyncio.sleep(0)
+    for _ in range(2):
+        waiter.cancel()
+        await asyncio.wait([waiter], timeout=0.02)
+        assert not waiter.done()
+    future.set_result("")
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
