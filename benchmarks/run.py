@@ -55,8 +55,9 @@ def main() -> int:
 
 def _note(facts: dict[str, object]) -> str:
     return (
-        f"Median (least–most), {facts['rounds']} rounds of the cold ones, ours and the peer's in turns, on {facts['cores']} shared cores; "
-        f"Python {facts['python']}, commit {facts['commit']}. The peer is huggingface_hub {facts['huggingface_hub']} over HTTP, "
+        f"Median (least–most), {facts['rounds']} rounds of the cold ones, ours and the peer's in turns, on {facts['cores']} shared cores "
+        f"(load {facts['load_before']} before it began); Python {facts['python']}, commit {facts['commit']}. "
+        f"The peer is huggingface_hub {facts['huggingface_hub']} over HTTP, "
         "which neither checks nor syncs what it downloads. 1 GB in 4 files and 20 small ones, from a local hub that gives "
         f"plain sockets {facts['hub_gigabytes_a_second']} GB/s, onto a disk that takes {facts['disk_gigabytes_a_second']} GB/s. "
         "`make bench` measures your machine."

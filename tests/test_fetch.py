@@ -296,7 +296,7 @@ def memory(daemon: Daemon) -> dict[str, int]:
 @pytest.mark.slow
 def test_ten_thousand_files(hub: Hub, daemon: Daemon, task: Client) -> None:
     hub.commit_many("org/many", 10_000)
-    reply = task.fetch("org/many")
+    reply = task.fetch("org/many", timeout=150)
     print(f"10,000 files in {reply['seconds']:.1f} s, {memory(daemon)} MiB")
     assert reply["files"] == 10_000 and reply["hub_bytes"] == hub.bytes_sent() == 640_000
     assert len(content(hub)) == 10_000 and len(blobs(daemon)) == 10_000

@@ -220,9 +220,7 @@ def test_socket_that_was_passed_to_somebody_else(folder: Path) -> None:
     running.kill()
 
 
-@pytest.mark.parametrize(
-    ("count", "words"), [("2", "one is expected"), ("1", "descriptor 3 is no")], ids=["too many", "no socket"]
-)
+@pytest.mark.parametrize(("count", "words"), [("2", "one is expected"), ("1", "descriptor 3 is no")], ids=["too many", "no socket"])
 def test_what_is_passed_in_has_to_be_one_listening_socket(folder: Path, count: str, words: str) -> None:
     code = f"import os, sys; os.dup2(0, 3, inheritable=True); os.execv(sys.executable, {list(SERVE)})"
     environment = {**os.environ, "LISTEN_FDS": count, "LISTEN_PID": "auto"}

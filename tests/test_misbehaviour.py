@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(120)
 MIB = 1 << 20
 SMALL: Tree = {"config.json": b"{}", "tokenizer/vocab.txt": b"a\nb\n", "notes.md": Random("notes", 200_000)}
 LARGE: Tree = {"one.safetensors": Random("first", 9 * MIB), "two.safetensors": Random("second", 5 * MIB + 17)}
-CONFIG = {"min_free": "0", "hub_backoff_seconds": 0.02, "stall_seconds": 2}
+CONFIG: dict[str, Any] = {"min_free": "0", "hub_backoff_seconds": 0.02, "stall_seconds": 2}
 
 
 @pytest.fixture(scope="module")

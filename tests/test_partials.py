@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from modelcached.model import Content
 from modelcached.partials import FLUSH_BYTES, MAX_BUFFERS, Partial
 
-from .kernel import file_size_limit, run_as
+from .kernel import file_size_limit, fuse, run_as
 
+MIB = 1 << 20
 PIECE = 64
 DATA = random.Random(1).randbytes(PIECE * 20 + 17)
 OFFSETS = range(0, len(DATA), PIECE)
@@ -334,3 +335,45 @@ def test_what_the_disk_could_not_take_is_not_believed(path: Path) -> None:
     again = Partial(path, sha256_of(data))
     assert again.missing() == [(0, len(data))]
     again.close()
+
+
+def fill_flushed(partial: Partial, data: bytes) -> None:
+    for offset in range(0, len(data), MIB):
+        partial.write(offset, [data[offset : offset + MIB]])
+
+
+def test_large_ones_go_to_the_disk_on_the_way(tmp_path: Path) -> None:
+    """Not all at once at the end; and nobody waits for it who only leaves."""
+    data = bytes(FLUSH_BYTES + 2 * MIB)
+    with fuse(tmp_path) as mount, ThreadPoolExecutor(1) as flusher:
+        partial = Partial(mount / "name", sha256_of(data), flusher)
+        fill_flushed(partial, data)
+        assert partial.finish() == sha256_of(data).hex
+        assert (tmp_path / "calls").read_text().splitlines().count("fsync /name") == 1
+        partial.close()
+        may_go_on = threading.Event()
+        flusher.submit(may_go_on.wait, 10)
+        before = len(os.listdir("/proc/self/fd"))
+        partial = Partial(mount / "other", sha256_of(data), flusher)
+        fill_flushed(partial, data)
+        partial.close()
+        may_go_on.set()
+        flusher.submit(int).result()  # behind the flush
+        assert len(os.listdir("/proc/self/fd")) == before
+        partial = Partial(mount / "other", sha256_of(data), flusher)
+        assert partial.missing() == []
+        partial.close()
+
+
+def test_what_could_not_reach_the_disk_is_not_believed(tmp_path: Path) -> None:
+    """The kernel tells it once; from then on the pages look as if they had been written."""
+    data = bytes(FLUSH_BYTES + 2 * MIB)
+    with fuse(tmp_path, refuse="fsync") as mount, ThreadPoolExecutor(1) as flusher:
+        partial = Partial(mount / "name", sha256_of(data), flusher)
+        fill_flushed(partial, data)
+        with pytest.raises(OSError, match="Input/output error"):
+            partial.finish()
+        partial.close()
+        partial = Partial(mount / "name", sha256_of(data), flusher)
+        assert partial.missing() == [(0, len(data))]
+        partial.close()

@@ -80,6 +80,7 @@ class Assembly(Flight[Shown]):
         self.selection = selection
         self.ask = ask
         self.meter = Meter()
+        self.digests: set[Digest] = set()  # blobs that it will show, as far as their names are known
 
 
 AssemblyKey = tuple[Selection, str | None, bool, bool]
@@ -148,6 +149,14 @@ class Fetch:
         """After trees were removed: nothing of them is remembered."""
         self._shown.clear()
 
+    def is_running(self, repo: Repo) -> bool:
+        """Whether files of this repo are being put together."""
+        return any(assembly.selection.repo == repo for assembly in self._assemblies.running())
+
+    def wants(self, digest: Digest) -> bool:
+        """Whether a running assembly will show this blob: it belongs to somebody although no view shows it yet."""
+        return any(digest in assembly.digests for assembly in self._assemblies.running())
+
     def note_damaged(self, digest: Digest) -> None:
         """A blob went to quarantine: when it is here again, every view that shows it gets the good one (I10)."""
         self._damaged.add(digest)
@@ -165,6 +174,7 @@ class Fetch:
             here = {} if ask.force else await self._pool.run(self._here, selection.repo, files)
             if await self._verify(selection.repo, [file for file in files if file.path not in here], meter):
                 here = await self._pool.run(self._here, selection.repo, files)
+            assembly.digests.update(here.values(), (Digest(file.sha256) for file in files if file.sha256 is not None))
             missing = [file for file in files if file.path not in here]
             size, missing_size = sum(file.size for file in files), sum(file.size for file in missing)
             meter.start(size, len(files), size - missing_size, len(files) - len(missing))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -87,7 +87,7 @@ class Layout:
         return self.trees / f"{tree}.json"
 
     def view(self, tree: TreeId) -> Path:
-        return self.views / tree
+        return _joined(self.views, tree)  # several times in every call, however warm
 
     def repo(self, repo: Repo) -> Path:
         scheme, _, rest = repo.endpoint.partition("://")
@@ -114,3 +114,8 @@ class Layout:
     def fresh(self, purpose: str) -> Path:
         """A name in tmp/ that nobody else uses."""
         return self.tmp / f"{purpose}-{secrets.token_hex(8)}"
+
+
+@lru_cache(4096)
+def _joined(folder: Path, name: str) -> Path:
+    return folder / name

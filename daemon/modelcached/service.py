@@ -24,7 +24,7 @@ from modelcache.protocol import (
 
 from . import __version__
 from .config import Config
-from .errors import EndpointNotAllowed, InvalidRequest, NotPermitted, disk_errors
+from .errors import EndpointNotAllowed, InUse, InvalidRequest, NotPermitted, disk_errors
 from .fetch import Ask, Fetch
 from .leases import Leases
 from .meter import Report
@@ -143,9 +143,11 @@ class Service:
     async def _do_remove(self, params: Remove, caller: Caller, report: Report) -> Reply:
         self._require_owner(caller, "remove repos")
         repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        if self._fetch.is_running(repo):
+            raise InUse(f"{repo} is being fetched", "wait until that is done, then remove it again")
         self._fetch.forget()
         try:
-            return Reply(await self._upkeep.remove(repo, params.revision))
+            return Reply(await self._upkeep.remove(repo, params.revision, self._fetch.wants))
         finally:
             self._fetch.forget()
 

@@ -198,8 +198,8 @@ class Trees:
             folder.chmod(mode | 0o200)
             durable.rename(fresh, shown)
         finally:
-            folder.chmod(mode)
             fresh.unlink(missing_ok=True)
+            folder.chmod(mode)
 
 
 def _is_open(view: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 from modelcache.protocol import Entry, RemoveReply, VerifyReply
@@ -69,8 +70,11 @@ class Upkeep:
             )
         return entries
 
-    async def remove(self, repo: Repo, revision: str | None) -> RemoveReply:
-        """Takes the repo, or one revision of it, off this node. InUse while a task holds a lease on a part of it (I4)."""
+    async def remove(self, repo: Repo, revision: str | None, is_wanted: Callable[[Digest], bool]) -> RemoveReply:
+        """Takes the repo, or one revision of it, off this node. InUse while a task holds a lease on a part of it (I4).
+
+        `is_wanted` tells blobs that somebody is about to show.
+        """
         everything = await self.known()
         mine = next((known for known in everything if known.repo == repo), None)
         if mine is None:
@@ -83,9 +87,9 @@ class Upkeep:
         self._refuse_held(repo, shown - shared)
         for name in shown:
             self._repos.forget_shown(repo, name)
-        freed = 0
+        freed = 0  # nobody can be given a tree once it is dropped
         for name in shown - shared:
-            discard = self._trees.drop(name, self._blobs.forget)  # nobody can be given it from here on
+            discard = self._trees.drop(name, lambda digest: 0 if is_wanted(digest) else self._blobs.forget(digest))
             freed += await self._pool.run(discard)
         for known_ref in [name for name, ref in self._repos.refs(repo).items() if revision is None or ref.commit in commits]:
             self._repos.forget(repo, known_ref)

@@ -1,30 +1,30 @@
 """What can go wrong, as the caller sees it. Classes are named for the condition, carry data, and say what to do (`hint`).
 
-    ModelcacheError
-    ├── DaemonError                       the daemon said no, or can't be reached
-    │   ├── DaemonNotAvailableError       (ConnectionError)  nobody listens, and none could be started
-    │   ├── DaemonConnectionError         (ConnectionError)  the connection broke and could not be mended
-    │   ├── ProtocolError                 one side does not understand the other
-    │   └── InvalidRequestError           (ValueError)       the daemon refused the arguments
-    ├── HubError                          (OSError)
-    │   ├── RepositoryNotFoundError       the repo does not exist, or is private and the token is not accepted
-    │   │   └── GatedRepoError            access has to be granted on the repo's page first
-    │   ├── TokenRefusedError             the hub does not accept this token
-    │   ├── RevisionNotFoundError
-    │   ├── RemoteEntryNotFoundError      (EntryNotFoundError)
-    │   ├── ContentMismatchError          the hub's bytes are not what their name says
-    │   └── UnsafePathError               (ValueError)       a file name in the repo would leave its folder
-    ├── LocalEntryNotFoundError           (EntryNotFoundError, FileNotFoundError)  not on this node, and the hub may not be asked
-    │   ├── IncompleteSnapshotError       some of the files are here, some are not
-    │   └── HubUnavailableError           (ConnectionError)  the hub can't be reached
-    ├── NoSpaceError                      (OSError, ENOSPC)
-    ├── StorageError                      (OSError)          the node's disk failed
-    ├── NotPermittedError                 (PermissionError)
-    ├── InUseError                        (OSError, EBUSY)   a task holds a lease on it
-    ├── ViewNotVisibleError               (FileNotFoundError)  the daemon's path is not this path here: a mount is missing
-    ├── HFValidationError                 (ValueError)       not the id of a repo; nobody was asked
-    ├── LocalTokenNotFoundError           (OSError)          `token=True`, and no token is to be found
-    └── DryRunError                       (OSError)          `dry_run=True`, and the hub may not or can't be asked
+ModelcacheError
+├── DaemonError                       the daemon said no, or can't be reached
+│   ├── DaemonNotAvailableError       (ConnectionError)  nobody listens, and none could be started
+│   ├── DaemonConnectionError         (ConnectionError)  the connection broke and could not be mended
+│   ├── ProtocolError                 one side does not understand the other
+│   └── InvalidRequestError           (ValueError)       the daemon refused the arguments
+├── HubError                          (OSError)
+│   ├── RepositoryNotFoundError       the repo does not exist, or is private and the token is not accepted
+│   │   └── GatedRepoError            access has to be granted on the repo's page first
+│   ├── TokenRefusedError             the hub does not accept this token
+│   ├── RevisionNotFoundError
+│   ├── RemoteEntryNotFoundError      (EntryNotFoundError)
+│   ├── ContentMismatchError          the hub's bytes are not what their name says
+│   └── UnsafePathError               (ValueError)       a file name in the repo would leave its folder
+├── LocalEntryNotFoundError           (EntryNotFoundError, FileNotFoundError)  not on this node, and the hub may not be asked
+│   ├── IncompleteSnapshotError       some of the files are here, some are not
+│   └── HubUnavailableError           (ConnectionError)  the hub can't be reached
+├── NoSpaceError                      (OSError, ENOSPC)
+├── StorageError                      (OSError)          the node's disk failed
+├── NotPermittedError                 (PermissionError)
+├── InUseError                        (OSError, EBUSY)   a task holds a lease on it
+├── ViewNotVisibleError               (FileNotFoundError)  the daemon's path is not this path here: a mount is missing
+├── HFValidationError                 (ValueError)       not the id of a repo; nobody was asked
+├── LocalTokenNotFoundError           (OSError)          `token=True`, and no token is to be found
+└── DryRunError                       (OSError)          `dry_run=True`, and the hub may not or can't be asked
 """
 
 from __future__ import annotations
