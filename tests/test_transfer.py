@@ -372,6 +372,17 @@ async def ask_both_ways(endpoint: str, commit: str, attempts: int = 2) -> None:
         assert await whole(transfer, source(endpoint, commit)) == SMALL
 
 
+async def test_no_token_comes_from_the_daemons_home(hub: Hub, commit: Commit, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A caller without a token has none, whatever ~/.netrc says of the hub (I8)."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password hf_of_the_daemon\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    environment.setenv("HOME", str(tmp_path))
+    environment.setenv("NETRC", str(tmp_path / ".netrc"))
+    await ask_both_ways(hub.endpoint, commit)
+    assert len(hub.requests()) == 2
+    assert not [request for request in hub.requests() if request.authorization]
+
+
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
 async def test_a_proxy(hub: Hub, commit: Commit, environment: pytest.MonkeyPatch, name: str) -> None:
     proxy = Proxy()

@@ -87,6 +87,7 @@ class Hub:
             everywhere = os.environ.get("all_proxy") or os.environ.get("ALL_PROXY") or ""
             if everywhere.startswith("http") and name not in os.environ and name.upper() not in os.environ:
                 os.environ[name] = everywhere
+        os.environ["NETRC"] = os.devnull  # a caller's token is the only one (I8)
         constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask the default endpoint, whatever the config allows (I8)
         hf_http.set_client_factory(_client)
 
