@@ -190,6 +190,10 @@ def end_left_behind() -> list[str]:
 
 def pytest_sessionstart() -> None:
     os.environ["MODELCACHE_TEST_SESSION"] = _SESSION
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell: programs would inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # hundreds of processes would compile everything, each for itself
+        os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), f"modelcached-pycache-{os.getuid()}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
