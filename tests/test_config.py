@@ -30,13 +30,13 @@ def test_defaults() -> None:
 
 
 def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
-    text = 'grace = "1m"\nhub_connections = 2\nstall_seconds = 3\n'
-    environment = {"MODELCACHED_GRACE": "2m", "MODELCACHED_HUB_CONNECTIONS": "3"}
-    settings = load_file(tmp_path, text, {"grace": "3m"}, environment)
-    assert (settings.grace, settings.hub_connections, settings.stall_seconds, settings.hub_attempts) == (180, 3, 3, 6)
-    names = ("grace", "hub_connections", "stall_seconds", "hub_attempts")
+    text = 'fresh_seconds = "1m"\nhub_connections = 2\nstall_seconds = 3\n'
+    environment = {"MODELCACHED_FRESH_SECONDS": "2m", "MODELCACHED_HUB_CONNECTIONS": "3"}
+    settings = load_file(tmp_path, text, {"fresh_seconds": "3m"}, environment)
+    assert (settings.fresh_seconds, settings.hub_connections, settings.stall_seconds, settings.hub_attempts) == (180, 3, 3, 6)
+    names = ("fresh_seconds", "hub_connections", "stall_seconds", "hub_attempts")
     assert [settings.origins[name] for name in names] == [
-        "flag --grace",
+        "flag --fresh-seconds",
         "environment MODELCACHED_HUB_CONNECTIONS",
         f"file {tmp_path}/config.toml",
         "default",
@@ -54,9 +54,9 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
         ("min_free", "0", Space()),
         ("min_free", "10GB", Space(10**10)),
         ("min_free", "2.5%", Space(share=0.025)),
-        ("grace", "90", 90),
-        ("grace", "1.5h", 5400),
-        ("grace", "2d", 172800),
+        ("fresh_seconds", "90", 90),
+        ("fresh_seconds", "1.5h", 5400),
+        ("fresh_seconds", "2d", 172800),
         ("hub_backoff_seconds", "500ms", 0.5),
         ("idle_exit", "never", None),
         ("idle_exit", "10m", 600),
@@ -81,9 +81,9 @@ def test_values_as_text(field: str, text: str, value: object) -> None:
         ("hub_piece", "-1"),
         ("min_free", "100%"),
         ("min_free", "x%"),
-        ("grace", "-1"),
-        ("grace", "nan"),
-        ("grace", "1 week"),
+        ("fresh_seconds", "-1"),
+        ("fresh_seconds", "nan"),
+        ("fresh_seconds", "1 week"),
         ("idle_exit", "0"),
         ("offline", "perhaps"),
         ("max_connections", "1.5"),
@@ -108,19 +108,19 @@ def test_every_default_is_allowed_and_comes_back_from_its_own_spelling(tmp_path:
 def test_all_problems_at_once(tmp_path: Path) -> None:
     text = 'rot = "/x"\nhub_conections = 3\nsocket = 5\nfresh_seconds = true\nprivate = true\nzzz = 1\nhub_endpoint = "https://me:secret@host"\n'
     (tmp_path / "config.toml").write_text(text)
-    environment = {"MODELCACHED_GRACE": "long", "MODELCACHED_HUB_RANG": "1", "MODELCACHED_PORT": "tcp://10.0.0.1:80"}
+    environment = {"MODELCACHED_STALL_SECONDS": "long", "MODELCACHED_HUB_RANG": "1", "MODELCACHED_PORT": "tcp://10.0.0.1:80"}
     found = problems(flags={"max_connections": "-3"}, environment=environment, file=tmp_path / "config.toml")
-    wanted = "rot hub_conections socket fresh_seconds private zzz hub_endpoint grace hub_rang max_connections"
+    wanted = "rot hub_conections socket fresh_seconds private zzz hub_endpoint stall_seconds hub_rang max_connections"
     assert sorted(found) == sorted(wanted.split())  # MODELCACHED_PORT is Kubernetes' doing
     assert "did you mean root?" in found["rot"] and "did you mean hub_connections?" in found["hub_conections"]
     assert "did you mean hub_range?" in found["hub_rang"] and "environment MODELCACHED_HUB_RANG" in found["hub_rang"]
-    assert "absolute path" in found["socket"] and "duration" in found["grace"] and "from 1" in found["max_connections"]
+    assert "absolute path" in found["socket"] and "duration" in found["stall_seconds"] and "from 1" in found["max_connections"]
     assert "--private" in found["private"] and str(tmp_path) in found["socket"] and "secret" not in found["hub_endpoint"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text("grace = \n")
-    (tmp_path / "binary.toml").write_bytes(b"grace = '\xff'")
+    (tmp_path / "bad.toml").write_text("root = \n")
+    (tmp_path / "binary.toml").write_bytes(b"root = '\xff'")
     assert "no such file" in problems(file=tmp_path / "missing.toml")["config"]
     assert "can't be read" in problems(file=tmp_path)["config"]
     assert "not TOML" in problems(file=tmp_path / "bad.toml")["config"]

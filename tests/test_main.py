@@ -82,21 +82,27 @@ def test_wrong_usage(ask: Ask, words: tuple[str, ...]) -> None:
 
 
 def test_check_config_prints_a_file_that_says_the_same(ask: Ask, tmp_path: Path) -> None:
-    shown = ask("check-config", "--grace", "90s", "--offline", MODELCACHED_MIN_FREE="5%")
+    shown = ask("check-config", "--verdict-seconds", "90s", "--offline", MODELCACHED_MIN_FREE="5%")
     assert shown.code == 0
-    assert "grace = 90.0" in shown.out and "# flag --grace" in shown.out and "# environment MODELCACHED_MIN_FREE" in shown.out
+    assert (
+        "verdict_seconds = 90.0" in shown.out
+        and "# flag --verdict-seconds" in shown.out
+        and "# environment MODELCACHED_MIN_FREE" in shown.out
+    )
     (tmp_path / "config.toml").write_text(shown.out)
     again = json.loads(ask("check-config", "--json", "--config", str(tmp_path / "config.toml")).out)
-    assert again["grace"] == {"value": 90.0, "origin": f"file {tmp_path}/config.toml"}
+    assert again["verdict_seconds"] == {"value": 90.0, "origin": f"file {tmp_path}/config.toml"}
     assert again["min_free"]["value"] == "5%" and again["offline"]["value"] is True and again["idle_exit"]["value"] == "never"
 
 
 def test_check_config_names_all_problems(ask: Ask) -> None:
-    ended = ask("check-config", "--grace", "x", "--hub-connections", "0", MODELCACHED_ROOTT="/x", MODELCACHED_CONFIG="/no")
+    ended = ask("check-config", "--verdict-seconds", "x", "--hub-connections", "0", MODELCACHED_ROOTT="/x", MODELCACHED_CONFIG="/no")
     assert (ended.code, ended.out) == (2, "")
-    assert all(word in ended.err for word in ("grace (flag --grace)", "hub_connections", "did you mean root?", "config (/no)"))
-    assert len(json.loads(ask("check-config", "--json", "--grace", "x", "--root", "y").out)["problems"]) == 2
-    assert ask("serve", "--grace", "x").code == 2
+    assert all(
+        word in ended.err for word in ("verdict_seconds (flag --verdict-seconds)", "hub_connections", "did you mean root?", "config (/no)")
+    )
+    assert len(json.loads(ask("check-config", "--json", "--verdict-seconds", "x", "--root", "y").out)["problems"]) == 2
+    assert ask("serve", "--verdict-seconds", "x").code == 2
 
 
 def test_private_daemon_uses_the_users_own_folders(ask: Ask, tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ class Config:
     hub_backoff_seconds: float = _setting("duration", 0.5, "first pause before another try; doubles, at most 30", low=0.001, high=30)
     stall_seconds: float = _setting("duration", 30.0, "a download without one byte for so long is tried again", low=0.1, high=3600)
     offline: bool = _setting("flag", False, "never ask the hub; HF_HUB_OFFLINE is its default")
-    grace: float = _setting("duration", 3600.0, "how long a tree stays after its last lease, at least")
     idle_exit: float | None = _setting("duration or never", None, "end after so long without a connection; a private daemon: 600", low=0.1)
     shutdown_seconds: float = _setting("duration", 10.0, "what running requests get at SIGTERM", high=3600)
     max_connections: int = _setting("count", 4096, "clients at the same time", low=1, high=1_000_000)
