@@ -32,7 +32,7 @@ class Sink(Protocol):
 @dataclass(frozen=True)
 class Limits:
     connections: int  # most ranges of one file at the same time
-    piece_bytes: int  # what is written, and counted, at once: connections * piece_bytes is the most that a kill costs
+    piece_bytes: int  # what is written, and counted, at once; a kill costs about two of them for each connection
     range_bytes: int  # most that one request asks for
 
 
