@@ -69,7 +69,7 @@ class Config:
     fresh_seconds: float = _setting("duration", 60.0, "how long a hub's answer about a branch or tag is believed; 0 = always ask")
     verdict_seconds: float = _setting("duration", 60.0, "how long an accepted token is remembered for a private or gated repo")
     hub_connections: int = _setting("count", 8, "connections to the hub for file bytes, whole node", low=1, high=256)
-    hub_piece: int = _setting("size", 256 * KIB, "unit of resume: bytes under one checksum", low=64 * KIB, high=64 * MIB)
+    hub_piece: int = _setting("size", 512 * KIB, "unit of resume: bytes under one checksum", low=64 * KIB, high=64 * MIB)
     hub_range: int = _setting("size", 32 * MIB, "bytes of one request to the hub", low=64 * KIB, high=16 * GIB)
     hub_attempts: int = _setting("count", 6, "how often a request to the hub is tried", low=1, high=100)
     hub_backoff_seconds: float = _setting("duration", 0.5, "first pause before another try; doubles, at most 30", low=0.001, high=30)

@@ -23,7 +23,7 @@ from .model import Commit, Repo
 
 MAX_REDIRECTS = 5
 CONNECT_SECONDS = 10.0
-READ_BUFFER_BYTES = 64 << 10  # what a kill loses beside a connection's two pieces
+READ_BUFFER_BYTES = 512 << 10
 
 Span = tuple[int, int]  # a half-open range of bytes
 
