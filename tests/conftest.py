@@ -22,6 +22,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from .seaweed import SeaweedFS
+
 ROOT = Path(__file__).resolve().parent.parent
 SKIPS = ROOT / "tests" / "skips.txt"
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -60,6 +62,13 @@ def shared_tmp_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="modelcached-test-") as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """One S3 server for the whole session; a test takes a bucket, or a prefix, of its own."""
+    with SeaweedFS.start(tmp_path_factory.mktemp("seaweed")) as running:
+        yield running
 
 
 # --- a skip is a decision ---------------------------------------------------------------------------------------------

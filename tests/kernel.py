@@ -1,4 +1,4 @@
-"""What only the kernel can show: other users, filesystems that are full, read-only or fail, and FUSE.
+"""What only the kernel can show: other users, filesystems that are full, read-only or fail, power cuts, system calls that fail, and FUSE.
 
 Invariant: whatever is mounted or started is gone when its block ends.
 """
@@ -6,18 +6,20 @@ Invariant: whatever is mounted or started is gone when its block ends.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import select
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from .daemon import clean_environment
+from .daemon import Daemon, clean_environment
 
 _DEADLINE_SECONDS = 15.0
 # The interpreter may lie where other users cannot read, so it starts as root and becomes somebody else when everything is imported.
@@ -119,6 +121,52 @@ def fuse(folder: Path, *, refuse: str = "", block_device: bool = False) -> Itera
     finally:
         if device:
             subprocess.run(["losetup", "--detach", device], check=True)
+
+
+SHUTDOWN, WITHOUT_LOG = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN; what is not on the disk does not go there any more
+
+
+class Machine:
+    """A filesystem whose power can be cut."""
+
+    def __init__(self, folder: Path, kind: str, size: int = 320 << 20) -> None:
+        require_root()
+        if shutil.which(f"mkfs.{kind}") is None:
+            pytest.skip(f"needs mkfs.{kind} (Debian's package xfsprogs or e2fsprogs)")
+        self._image, self.place = folder / f"{kind}.img", folder / kind
+        with open(self._image, "wb") as image:
+            image.truncate(size)
+        subprocess.run([f"mkfs.{kind}", "-q", self._image], check=True)
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[Path]:
+        with mounted(self.place, "-o", "loop", str(self._image)):
+            yield self.place
+
+    def cut(self) -> None:
+        """From now on every change is an error, and what was not synced is gone after the next `on`."""
+        handle = os.open(self.place, os.O_RDONLY)
+        try:
+            fcntl.ioctl(handle, SHUTDOWN, struct.pack("I", WITHOUT_LOG))
+        finally:
+            os.close(handle)
+
+
+class Straced(Daemon):
+    """A daemon whose system calls strace delays or fails, or ends it at. With --seccomp-bpf strace 6.1 does not count in threads."""
+
+    options: Sequence[str] = ()
+
+    def _launch(self) -> None:
+        if shutil.which("strace") is None:
+            pytest.skip("needs strace (Debian's package strace)")
+        self.wrapper = ("strace", "-D", "-f", "-qq", "-o", "/dev/null", *self.options)
+        super()._launch()
+
+
+def straced(calls: str, how: str, *more: str) -> type[Straced]:
+    """`how` is what strace injects into these system calls: "error=EIO:when=1", "signal=SIGKILL:when=7", "delay_enter=10ms"."""
+    return type("Straced", (Straced,), {"options": ("-e", f"trace={calls}", "-e", f"inject={calls}:{how}", *more)})
 
 
 def on_ext4(folder: Path) -> bool:

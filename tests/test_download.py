@@ -17,8 +17,9 @@ from modelcached.errors import ContentMismatch, HubUnavailable
 from modelcached.hub import Hub as HubClient
 from modelcached.model import Commit, Content, Repo
 from modelcached.partials import Partial
+from modelcached.spans import Span
 from modelcached.tasks import Pool
-from modelcached.transfer import Source, Span, Transfer
+from modelcached.transfer import FileOrigin, Source, Transfer
 
 from .hub import Hub, Random
 from .kernel import small_tmpfs
@@ -61,7 +62,8 @@ class Downloading:
         self.received = 0
 
     async def into(self, sink: Sink, size: int = SIZE, limits: Limits = LIMITS) -> None:
-        await Download(self.transfer, self.pool, limits, self.source, size, sink, self._report).run()
+        origin = FileOrigin(self.transfer, self.source, size)
+        await Download(origin, self.pool, limits, size, sink, self._report).run()
 
     def _report(self, count: int) -> None:
         self.received += count

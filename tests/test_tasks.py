@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 
 import pytest
 
-from modelcached.tasks import Pool, settled
+from modelcached.tasks import BEHIND_NICE, Pool, settled
 
 
 async def test_results_and_errors_come_back() -> None:
@@ -18,6 +19,20 @@ async def test_results_and_errors_come_back() -> None:
     assert await pool.abandon(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await pool.abandon(divmod, 7, 0)
+    pool.close()
+
+
+async def test_what_nobody_waits_for_gives_way() -> None:
+    pool = Pool("test", 2)
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    mine = niceness()
+    assert await pool.run_behind(niceness) == max(mine, BEHIND_NICE)
+    assert await pool.run(niceness) == mine == niceness(), "only those threads"
+    with pytest.raises(ZeroDivisionError):
+        await pool.run_behind(divmod, 7, 0)
     pool.close()
 
 

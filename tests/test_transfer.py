@@ -23,7 +23,8 @@ from modelcached.errors import (
 from modelcached.hub import Hub as HubClient
 from modelcached.hub import file_url
 from modelcached.model import Commit, Repo
-from modelcached.transfer import Budget, Source, Transfer
+from modelcached.spans import Budget
+from modelcached.transfer import Source, Transfer
 
 from .hub import Hub, Random, token_mark
 from .peers import Answer, Proxy, answering, behind_tls, make_certificate, reply

@@ -63,6 +63,12 @@ class Config:
 
     root: Path = _setting("path", NODE_ROOT, "folder of the cache, on one local filesystem")
     socket: Path | None = _setting("path", NODE_SOCKET, "Unix socket to listen on, unless one is passed in (LISTEN_FDS)")
+    store: str = _setting("store", "", "store shared by nodes: file:///path or s3://bucket/prefix; empty = file store below the root")
+    stores: tuple[str, ...] = _setting("stores", (), "further stores that requests may name")
+    store_grace: float = _setting("duration", 7 * 86400.0, "age below which gc-store deletes nothing, by the store's clock", low=1)
+    store_repo_expiry: float = _setting("duration", 30 * 86400.0, "repos that no node used for so long are collected by gc-store", low=1)
+    store_repos: bool = _setting("flag", True, "put repos from the hub into `store`, and look there before asking the hub")
+    store_claim_seconds: float = _setting("duration", 30.0, "another node that brings no byte for so long loses its turn", low=1, high=3600)
     hub_endpoint: str = _setting("url", DEFAULT_HUB, "hub that is asked when a request names none; HF_ENDPOINT is its default")
     hub_endpoints: tuple[str, ...] = _setting("urls", (), "further hubs that requests may name")
     min_free: Space = _setting("space", Space(GIB), "room on the root's filesystem that downloads leave free")
@@ -75,7 +81,7 @@ class Config:
     hub_backoff_seconds: float = _setting("duration", 0.5, "first pause before another try; doubles, at most 30", low=0.001, high=30)
     stall_seconds: float = _setting("duration", 30.0, "a download without one byte for so long is tried again", low=0.1, high=3600)
     offline: bool = _setting("flag", False, "never ask the hub; HF_HUB_OFFLINE is its default")
-    idle_exit: float | None = _setting("duration or never", None, "end after so long without a connection; a private daemon: 600", low=0.1)
+    idle_exit: float | None = _setting("duration or never", None, "end after so long without client or save to send; private: 600", low=0.1)
     shutdown_seconds: float = _setting("duration", 10.0, "what running requests get at SIGTERM", high=3600)
     max_connections: int = _setting("count", 4096, "clients at the same time", low=1, high=1_000_000)
     private: bool = _setting("flag", False, "a user's own daemon (set by --private only)", flag=False)
@@ -333,10 +339,23 @@ def _read_urls(raw: list[str] | str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_read_url(part) for part in parts if part))
 
 
+def _read_store(raw: str) -> str:
+    if raw and not raw.startswith(("file:///", "s3://")):
+        raise ValueError(f"{raw.partition('://')[0]!r} is no kind of store")
+    return raw.rstrip("/")
+
+
+def _read_stores(raw: list[str] | str) -> tuple[str, ...]:
+    parts = re.split(r"[,\s]+", raw.strip()) if isinstance(raw, str) else raw
+    return tuple(dict.fromkeys(_read_store(part) for part in parts if part))
+
+
 KINDS: Mapping[str, Kind] = {
     "path": Kind("an absolute path", _read_path, (str,)),
     "url": Kind("http:// or https:// with a host, no user and no query", _read_url, (str,)),
     "urls": Kind("a list of http:// or https:// addresses", _read_urls, (list, str)),
+    "store": Kind("file:///path or s3://bucket/prefix", _read_store, (str,)),
+    "stores": Kind("a list of file:///path or s3://bucket/prefix", _read_stores, (list, str)),
     "size": Kind('a size: bytes, "512KiB", "10GB"', _read_size, (int, str)),
     "space": Kind('a size ("10GB", "512MiB") or a share of the filesystem ("5%")', _read_space, (int, str)),
     "duration": Kind('a duration: seconds, "500ms", "90s", "10m", "1h"', _read_duration, (int, float, str)),

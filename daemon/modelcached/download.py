@@ -1,4 +1,4 @@
-"""One large file from the hub into a sink: parallel ranges, each streamed piece by piece into threads that write.
+"""One large content from the hub or the store into a sink: parallel ranges, each streamed piece by piece into threads that write.
 
 What a broken, stalled or short answer did deliver is kept; only the rest is asked again.
 """
@@ -11,12 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import aiohttp
-
-from .errors import ContentMismatch
-from .hub import Again
+from .spans import Again, Body, NoRanges, Origin, Span
 from .tasks import Pool, settled
-from .transfer import Source, Span, Transfer
 
 MIN_RANGE_BYTES = 4 << 20
 
@@ -36,20 +32,13 @@ class Limits:
     range_bytes: int  # most that one request asks for
 
 
-class _NoRanges(Exception):
-    """The server ignores Range: it sent the whole file instead."""
-
-
 class Download:
     """Workers take spans from the front of `_todo`; what a broken one lacks goes back there. Only the event loop touches it."""
 
-    def __init__(
-        self, transfer: Transfer, pool: Pool, limits: Limits, source: Source, size: int, sink: Sink, report: Callable[[int], None]
-    ) -> None:
-        self._transfer = transfer
+    def __init__(self, origin: Origin, pool: Pool, limits: Limits, size: int, sink: Sink, report: Callable[[int], None]) -> None:
+        self._origin = origin
         self._pool = pool
         self._limits = limits
-        self._source = source
         self._size = size
         self._sink = sink
         self._report = report
@@ -65,7 +54,7 @@ class Download:
                     group.create_task(self._work())
                     await self._answered.wait()  # the hub is asked by the first one only; the others go where it was sent
         except ExceptionGroup as errors:
-            if any(isinstance(error, _NoRanges) for error in errors.exceptions):
+            if any(isinstance(error, NoRanges) for error in errors.exceptions):
                 await self._run_whole()
             else:
                 raise errors.exceptions[0] from None
@@ -76,15 +65,14 @@ class Download:
             start, end = self._todo.popleft()
             cursor = _Cursor(start, end)
             try:
-                async with self._transfer.answer(self._source, (start, end)) as answer:
+                async with self._origin.answer((start, end)) as answer:
                     self._answered.set()
-                    self._check_span(answer, start, end)
                     await self._pour(answer, cursor)
             except Again as again:
                 failures = 1 if cursor.position > start else failures + 1
                 if cursor.position < end:
                     self._todo.appendleft((cursor.position, end))
-                await self._transfer.after(self._source, again, failures)
+                await self._origin.after(again, failures)
             else:
                 failures = 0
 
@@ -94,7 +82,7 @@ class Download:
         while gaps := await self._pool.run(self._sink.missing):
             skipper = _Cursor(0, 0)
             try:
-                async with self._transfer.answer(self._source, None) as answer:
+                async with self._origin.answer(None) as answer:
                     rest = b""
                     for start, end in gaps:
                         rest = await self._skip(answer, rest, skipper, start)
@@ -102,19 +90,19 @@ class Download:
                         rest = await self._pour(answer, skipper, rest)
             except Again as again:
                 failures = 1 if skipper.position > gaps[0][0] else failures + 1
-                await self._transfer.after(self._source, again, failures)
+                await self._origin.after(again, failures)
 
-    async def _skip(self, answer: aiohttp.ClientResponse, rest: bytes, cursor: _Cursor, start: int) -> bytes:
+    async def _skip(self, answer: Body, rest: bytes, cursor: _Cursor, start: int) -> bytes:
         """Reads over what is on disk already; what was read beyond `start`."""
         while cursor.position + len(rest) < start:
             cursor.position += len(rest)
-            rest = await _next_chunk(answer)
+            rest = await answer.readany()
             if not rest:
                 raise Again(f"the answer broke off after {cursor.position} of {self._size} bytes")
         rest, cursor.position = rest[start - cursor.position :], start
         return rest
 
-    async def _pour(self, answer: aiohttp.ClientResponse, cursor: _Cursor, chunk: bytes = b"") -> bytes:
+    async def _pour(self, answer: Body, cursor: _Cursor, chunk: bytes = b"") -> bytes:
         """Streams the answer into the sink up to the cursor's end; what was read beyond it. `chunk` was read before.
 
         However this ends, everything received up to then is written, and the cursor stands behind it.
@@ -124,7 +112,7 @@ class Download:
         writing: asyncio.Future[None] | None = None
         try:
             while cursor.position + length < cursor.end:
-                chunk = chunk or await _next_chunk(answer)
+                chunk = chunk or await answer.readany()
                 if not chunk:
                     raise Again(f"the answer broke off after {cursor.position + length} of {cursor.end} bytes")
                 wanted = chunk[: cursor.end - cursor.position - length]
@@ -147,22 +135,6 @@ class Download:
                 await self._pool.run(self._sink.write, cursor.position, piece)
                 cursor.position += length
 
-    def _check_span(self, answer: aiohttp.ClientResponse, start: int, end: int) -> None:
-        if answer.status == 206:
-            said = answer.headers.get("Content-Range", "")
-            if not said.startswith(f"bytes {start}-") or not said.endswith((f"/{self._size}", "/*")):
-                raise self._mismatch(f"a range of {said!r}")
-        elif answer.content_length not in (None, self._size):
-            raise self._mismatch(f"{answer.content_length} bytes")
-        elif (start, end) != (0, self._size):
-            raise _NoRanges
-
-    def _mismatch(self, got: str) -> ContentMismatch:
-        return ContentMismatch(
-            f"{self._source.repo}: the hub lists {self._source.path!r} with {self._size} bytes, and its server has {got}",
-            "try again later; if it stays so, tell the repo's owner",
-        )
-
 
 class _Cursor:
     """How far a span has been handed to the sink."""
@@ -172,14 +144,6 @@ class _Cursor:
     def __init__(self, position: int, end: int) -> None:
         self.position = position
         self.end = end
-
-
-async def _next_chunk(answer: aiohttp.ClientResponse) -> bytes:
-    """What came from the socket in one go, empty at the end of the body. `readany` would copy all that waits into one piece."""
-    while True:
-        chunk, is_boundary = await answer.content.readchunk()
-        if chunk or not is_boundary:
-            return chunk
 
 
 def _spans(gaps: list[Span], limits: Limits) -> list[Span]:

@@ -59,6 +59,14 @@ def sync_folders(folders: Iterable[Path]) -> None:
             os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_data(handle: int) -> None:
     os.fdatasync(handle)
 
@@ -102,6 +110,34 @@ def link(source: Path, target: Path) -> bool:
 def rename(source: Path, target: Path) -> None:
     """Moves a file or folder to a name on the same filesystem, replacing a file that has it."""
     os.rename(source, target)
+
+
+def place(temporary: Path, target: Path, replace: bool = True) -> None:
+    """Gives a private file its name, durably; FileExistsError if it is taken and `replace` is False. `temporary` is gone afterwards."""
+    try:
+        sync_file(temporary)
+        if replace:
+            os.replace(temporary, target)
+        else:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                if os.stat(temporary).st_nlink == 1:  # 2: over NFS an answer was lost, and the name is ours
+                    raise
+        sync_folders([target.parent])
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folders(folder: Path) -> None:
+    """Makes a folder and its parents, as far as they are missing, so that they survive a power cut."""
+    made = []
+    place = folder
+    while not place.is_dir():
+        made.append(place)
+        place = place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folders({place.parent for place in made})
 
 
 def remove_tree(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 ModelcachedError
 ├── InvalidRequest        the arguments make no sense
-│   └── EndpointNotAllowed
+│   └── EndpointNotAllowed, StoreNotAllowed
 ├── HubProblem            the hub said no: asking again does not help
 │   ├── RepoNotFound, GatedRepo, TokenRefused, RevisionNotFound, EntryNotFound
 │   ├── ContentMismatch   its bytes are not what their name says
@@ -11,6 +11,16 @@ ModelcachedError
 │   ├── IncompleteSnapshot
 │   └── HubUnavailable    the hub can't be reached: asking again may help
 ├── NoSpace, Storage      the node's disk
+│   └── LocalMismatch     a file on it is not what its name says
+│       └── SaveDamaged   a captured save can't be brought to the store any more
+├── StoreProblem          the store said no: asking again does not help
+│   ├── StoreDenied, StoreMissingBucket, StoreClockSkew, StoreFull
+│   ├── StoreMismatch     its bytes are not what was put there
+│   └── MissingObject, ObjectExists, ObjectChanged    what a key holds is not what the caller counted on
+├── StoreUnavailable      the store can't be reached, or broke off: asking again may help
+│   └── StoreSlow         it stopped answering
+├── SaveUnknown           no such save is open
+├── ReferenceNotFound, IncompatibleReference   nothing has this key, or what has can't be read
 ├── NotPermitted, InUse, TooMany, ShuttingDown
 └── RootError             the root can't be used; raised only at start
 """
@@ -96,6 +106,58 @@ class Storage(ModelcachedError):
     name = "storage"
 
 
+class LocalMismatch(Storage):
+    pass
+
+
+class SaveDamaged(LocalMismatch):
+    pass
+
+
+class StoreProblem(ModelcachedError):
+    name = "store_problem"
+
+
+class StoreDenied(StoreProblem):
+    name = "store_denied"
+
+
+class StoreMissingBucket(StoreProblem):
+    name = "store_missing_bucket"
+
+
+class StoreClockSkew(StoreProblem):
+    name = "store_clock_skew"
+
+
+class StoreFull(StoreProblem):
+    name = "store_full"
+
+
+class StoreMismatch(StoreProblem):
+    name = "store_mismatch"
+
+
+class MissingObject(StoreProblem):
+    name = "missing_object"
+
+
+class ObjectExists(StoreProblem):
+    name = "object_exists"
+
+
+class ObjectChanged(StoreProblem):
+    name = "object_changed"
+
+
+class StoreUnavailable(ModelcachedError):
+    name = "store_unavailable"
+
+
+class StoreSlow(StoreUnavailable):
+    name = "store_slow"
+
+
 class NotPermitted(ModelcachedError):
     name = "not_permitted"
 
@@ -110,6 +172,22 @@ class TooMany(ModelcachedError):
 
 class ShuttingDown(ModelcachedError):
     name = "shutting_down"
+
+
+class SaveUnknown(ModelcachedError):
+    name = "save_unknown"
+
+
+class ReferenceNotFound(ModelcachedError):
+    name = "reference_not_found"
+
+
+class IncompatibleReference(ModelcachedError):
+    name = "incompatible_reference"
+
+
+class StoreNotAllowed(InvalidRequest):
+    name = "store_not_allowed"
 
 
 class RootError(ModelcachedError):

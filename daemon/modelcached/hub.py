@@ -24,6 +24,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 
 from .errors import EntryNotFound, GatedRepo, HubProblem, HubUnavailable, ModelcachedError, RepoNotFound, RevisionNotFound, TokenRefused
 from .model import Commit, ListedFile, Listing, Repo, check_paths, is_commit, is_digest
+from .spans import Again
 from .tasks import Pool
 
 T = TypeVar("T")
@@ -40,15 +41,6 @@ class Answer(NamedTuple):
     commit: Commit
     private: bool
     gated: bool
-
-
-class Again(Exception):
-    """The hub may answer later: 429, 5xx, a broken connection, a stalled one. `reason` is for people."""
-
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.pause = pause  # seconds that the hub asked for
 
 
 class Pauses:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 FORMATS = ("text", "json")
-CHATTY = ("httpx", "httpx2", "huggingface_hub")  # a line per request; what they ask stands in the fetch's own line
+CHATTY = ("httpx", "httpx2", "huggingface_hub", "botocore", "aiobotocore")  # a line per request; what they ask stands in our own
 LEVELS = ("debug", "info", "warning", "error")
 
 # uid and pid of the caller this task works for

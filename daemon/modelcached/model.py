@@ -7,8 +7,9 @@ Names from outside are checked here, once, before they can become a path (I9).
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, NewType
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from .errors import InvalidRequest, UnsafePath
+from .errors import InvalidRequest, NotPermitted, UnsafePath
 
 Digest = NewType("Digest", str)  # 64 lower-case hex digits: a blob's SHA-256
 TreeId = NewType("TreeId", str)  # 64 lower-case hex digits: the SHA-256 of a tree's canonical JSON
@@ -38,6 +39,19 @@ class Caller(NamedTuple):
     uid: int
     gid: int
     pid: int
+
+
+def is_owner(caller: Caller) -> bool:
+    """Root, or the daemon's own user: they see and may do everything on this node."""
+    return caller.uid in (0, os.geteuid())
+
+
+def require_owner(caller: Caller, what: str) -> None:
+    """NotPermitted for all but root and the daemon's own user."""
+    if not is_owner(caller):
+        raise NotPermitted(
+            f"uid {caller.uid} may not {what}", f"only root and the daemon's own user (uid {os.geteuid()}) may: sudo modelcache ..."
+        )
 
 
 class Reply(NamedTuple):
@@ -74,9 +88,12 @@ class Listing(msgspec.Struct, frozen=True):
 
 
 class Content(NamedTuple):
-    """Bytes as they are known *before* they are here: by SHA-256, or by a git id that means something in one repo only (I10)."""
+    """Bytes as they are known *before* they are here: by SHA-256, or by a git id that means something in one repo only (I10).
 
-    algorithm: str  # "sha256" or "git-sha1"
+    An "object" has no digest that anybody knows: its `hex` names the place it comes from.
+    """
+
+    algorithm: str  # "sha256", "git-sha1" or "object"
     hex: str
     size: int  # bytes
     scope: str = ""  # the repo's folder for git-sha1
@@ -128,7 +145,10 @@ def decode_tree(raw: bytes, name: TreeId) -> Tree:
         raise ValueError(f"not the tree {name}")
     read = msgspec.json.decode(raw, type=_TreeJson)
     files = tuple(TreeFile(path, size, Digest(sha256), executable) for path, size, sha256, executable in read.files)
-    check_paths([file.path for file in files], "tree")
+    if any(file.size < 0 or not is_digest(file.sha256) for file in files):
+        raise ValueError(f"the tree {name} has a file without size or digest")
+    check_paths([*(file.path for file in files), *(path for path, _ in read.links), *read.folders], "tree")
+    check_links(read.links)
     return Tree(files, tuple(read.links), tuple(read.folders))
 
 
@@ -182,6 +202,38 @@ def check_paths(paths: Iterable[str], where: str) -> None:
                 "the repo's owner has to rename it; other files can be had with patterns that leave it out",
                 path=path[:200].encode(errors="backslashreplace").decode(),  # can be sent, whatever it is
             )
+
+
+def check_links(links: Sequence[tuple[str, str]]) -> None:
+    """Refuses links that lead out of the tree, over other links too (I9): targets are relative and stay inside."""
+    targets = dict(links)
+    for path, target in links:
+        is_sound = 0 < len(target) <= MAX_PATH_BYTES and not target.startswith("/") and "\0" not in target
+        if not is_sound or _leads_out(path, target, targets):
+            raise UnsafePath(
+                f"the link {path[:200]!r} leads out of what is saved, to {target[:200]!r}",
+                "save the folder it leads to as well, or the file itself",
+            )
+
+
+def _leads_out(path: str, target: str, links: dict[str, str]) -> bool:
+    """Follows a link as the kernel would."""
+    place, todo = path.split("/")[:-1], target.split("/")[::-1]
+    for _ in range(MAX_PATH_BYTES):
+        if not todo:
+            return False
+        part = todo.pop()
+        if part == "..":
+            if not place:
+                return True
+            place.pop()
+        elif part not in ("", "."):
+            inner = links.get("/".join([*place, part]))
+            if inner is None:
+                place.append(part)
+            else:
+                todo += inner.split("/")[::-1]
+    return False  # it leads round and round, so nowhere
 
 
 def _path_problem(path: str) -> str | None:

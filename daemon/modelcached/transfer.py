@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,15 +16,14 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from .errors import HubProblem
-from .hub import Again, Hub, file_url, pause_asked, refusal, unavailable
+from .errors import ContentMismatch, HubProblem
+from .hub import Hub, file_url, pause_asked, refusal, unavailable
 from .model import Commit, Repo
+from .spans import Again, Body, Budget, NoRanges, Span
 
 MAX_REDIRECTS = 5
 CONNECT_SECONDS = 10.0
 READ_BUFFER_BYTES = 512 << 10
-
-Span = tuple[int, int]  # a half-open range of bytes
 
 
 @dataclass(eq=False)
@@ -41,49 +39,6 @@ class Source:
     @property
     def url(self) -> str:
         return file_url(self.repo, self.commit, self.path)
-
-
-class Budget:
-    """So many connections for the whole node. Who asks with `first=True` (a small file) is served before everybody else."""
-
-    def __init__(self, connections: int) -> None:
-        self.free = connections
-        self._first: deque[asyncio.Future[None]] = deque()
-        self._then: deque[asyncio.Future[None]] = deque()
-
-    @asynccontextmanager
-    async def connection(self, first: bool = False) -> AsyncIterator[None]:
-        await self._take(first)
-        try:
-            yield
-        finally:
-            self._give()
-
-    async def _take(self, first: bool) -> None:
-        if self.free and not (self._first or self._then):
-            self.free -= 1
-            return
-        queue = self._first if first else self._then
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._give()  # it was our turn already: hand it on
-            else:
-                with suppress(ValueError):  # `_give` has passed over it already
-                    queue.remove(turn)
-            raise
-
-    def _give(self) -> None:
-        for queue in (self._first, self._then):
-            while queue:
-                turn = queue.popleft()
-                if not turn.done():
-                    turn.set_result(None)
-                    return
-        self.free += 1
 
 
 class Transfer:
@@ -186,6 +141,54 @@ class Transfer:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """A file of the hub, whose listed size is known, as an Origin of spans."""
+
+    transfer: Transfer
+    source: Source
+    size: int
+
+    @asynccontextmanager
+    async def answer(self, span: Span | None) -> AsyncIterator[Body]:
+        async with self.transfer.answer(self.source, span) as answer:
+            if span is not None:
+                self._check_span(answer, span)
+            yield _Chunks(answer)
+
+    async def after(self, again: Again, failures: int) -> None:
+        await self.transfer.after(self.source, again, failures)
+
+    def _check_span(self, answer: aiohttp.ClientResponse, span: Span) -> None:
+        if answer.status == 206:
+            said = answer.headers.get("Content-Range", "")
+            if not said.startswith(f"bytes {span[0]}-") or not said.endswith((f"/{self.size}", "/*")):
+                raise self._mismatch(f"a range of {said!r}")
+        elif answer.content_length not in (None, self.size):
+            raise self._mismatch(f"{answer.content_length} bytes")
+        elif span != (0, self.size):
+            raise NoRanges
+
+    def _mismatch(self, got: str) -> ContentMismatch:
+        return ContentMismatch(
+            f"{self.source.repo}: the hub lists {self.source.path!r} with {self.size} bytes, and its server has {got}",
+            "try again later; if it stays so, tell the repo's owner",
+        )
+
+
+class _Chunks:
+    """An answer's bytes as they came from the socket. aiohttp's own `readany` would copy all that waits into one piece."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._content = answer.content
+
+    async def readany(self) -> bytes:
+        while True:
+            chunk, is_boundary = await self._content.readchunk()
+            if chunk or not is_boundary:
+                return chunk
 
 
 def _proxy(url: URL) -> str | None:
