@@ -10,23 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from .blobs import Blobs
-from .errors import EntryNotFound, IncompleteSnapshot, ModelcachedError, NoSpace, disk_errors
+from .errors import EntryNotFound, IncompleteSnapshot, ModelcachedError, disk_errors
+from .filesystems import require_room
 from .flights import BlobFlights
 from .hub import Hub, matching
 from .layout import Layout
 from .lookup import Lookup, Warn
-from .meter import TICK_SECONDS, Meter, Report
+from .meter import TICK_SECONDS, Meter, Report, ticking
 from .model import Commit, Digest, ListedFile, Repo, Tree, TreeFile, TreeId
+from .places import HubPlace
 from .recent import Recent
 from .repos import Repos, Selected
+from .sharing import Brought, Sharing, is_small
 from .singleflight import Flight, Flights
-from .tasks import Pool
-from .transfer import Source
+from .tasks import Pool, each
+from .transfer import Source, Transfer
 from .trees import Trees
 
 WORKERS = 192  # files of one assembly under way: connections are bounded elsewhere, and a batch to publish is made of these
@@ -97,10 +101,12 @@ class Fetch:
         repos: Repos,
         lookup: Lookup,
         hub: Hub,
+        transfer: Transfer,
         flights: BlobFlights,
         pool: Pool,
         group: asyncio.TaskGroup,
         min_free: int,
+        sharing: Sharing | None = None,
     ) -> None:
         self._layout = layout
         self._blobs = blobs
@@ -108,10 +114,12 @@ class Fetch:
         self._repos = repos
         self._lookup = lookup
         self._hub = hub
+        self._transfer = transfer
         self._flights = flights
         self._pool = pool
         self._group = group
         self._min_free = min_free  # bytes
+        self._sharing = sharing
         self._shown: Recent[Selection, Shown] = Recent(50_000, lambda shown: 1 + len(shown.tree.files))
         self._damaged: set[Digest] = set()
         self._comparing: set[TreeId] = set()
@@ -168,7 +176,7 @@ class Fetch:
     async def assemble(self, assembly: Assembly) -> Shown:
         """An assembly's work: from a selection to a view."""
         selection, ask, meter = assembly.selection, assembly.ask, assembly.meter
-        async with self._shown_to_waiters(meter, selection.repo):
+        async with ticking(meter, lambda: self._pause(selection.repo)):
             meter.phase = "list"
             files = await self._files(selection, ask)
             here = {} if ask.force else await self._pool.run(self._here, selection.repo, files)
@@ -181,13 +189,17 @@ class Fetch:
             if missing:
                 if ask.local:
                     raise _incomplete(selection, missing)
-                self._require_room(selection.repo, await self._pool.run(self._room_needed, selection.repo, missing))
+                needed = await self._pool.run(self._room_needed, selection.repo, missing)
+                require_room(self._layout.root, needed, self._min_free, str(selection.repo))
                 await self._bring(selection, ask.token, missing, here, meter)
             meter.phase, meter.source = "publish", "disk"
             tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
             with disk_errors(f"building the view of {selection.repo}"):
                 name = await self._show(tree)
-                self._repos.set_shown(selection.repo, name, Selected(*selection[1:]))
+                selected = Selected(*selection[1:])
+                self._repos.set_shown(selection.repo, name, selected)
+            if self._sharing is not None and not ask.local:
+                self._sharing.publish(Brought(selection.repo, selection.commit, ask.revision, selected, name, tree))
         return self._shown.put(selection, Shown(name, tree))
 
     async def _select(self, ask: Ask, warn: Warn) -> tuple[Selection, bool]:
@@ -213,24 +225,37 @@ class Fetch:
     ) -> None:
         """Every missing file becomes a blob, small ones first: config and tokenizer are there early."""
         meter.phase, meter.source = "download", "hub"
-        queue = iter(sorted(missing, key=lambda file: file.size))
 
-        async def work() -> None:
-            for file in queue:
-                source = Source(selection.repo, selection.commit, file.path, token)
-                digest = await self._flights.join(self._repos.content(selection.repo, file), source, meter)
-                if digest in self._damaged:
-                    self._damaged.discard(digest)
-                    await self._pool.run(self._trees.relink, digest)  # I10
-                meter.finish(file.size)
-                here[file.path] = digest
+        async def bring(file: ListedFile) -> None:
+            place = HubPlace(self._transfer, Source(selection.repo, selection.commit, file.path, token))
+            digest = await self._flights.join(self._repos.content(selection.repo, file), place, meter)
+            await self._mend(digest)
+            meter.finish(file.size)
+            here[file.path] = digest
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(WORKERS, len(missing))):
-                    group.create_task(work())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async def bring_large() -> None:
+            large = [file for file in missing if not is_small(file)]
+            random.shuffle(large)  # every node begins with others
+            await each(large, bring, WORKERS)
+
+        if self._sharing is None:
+            await each(sorted(missing, key=lambda file: file.size), bring, min(WORKERS, len(missing)))
+        else:
+            sharing = self._sharing
+
+            async def bring_small() -> None:
+                small = [file for file in missing if is_small(file)]
+                await sharing.bring_small(selection.repo, selection.commit, small, here, meter, bring)
+                for file in small:
+                    await self._mend(here[file.path])
+
+            await each((bring_small, bring_large), lambda bring_these: bring_these(), 2)
+
+    async def _mend(self, digest: Digest) -> None:
+        """The good blob into every view that shows a bad one (I10)."""
+        if digest in self._damaged:
+            self._damaged.discard(digest)
+            await self._pool.run(self._trees.relink, digest)
 
     async def _verify(self, repo: Repo, files: list[ListedFile], meter: Meter) -> bool:
         """Hashes what is here of the files; what lies goes to quarantine. False: there was nothing to hash."""
@@ -302,36 +327,6 @@ class Fetch:
                 needed -= min(content.size, os.stat(self._layout.partial(content)).st_blocks * 512)
         return needed
 
-    def _require_room(self, repo: Repo, size: int) -> None:
-        """Refuses at once what can't fit (I6)."""
-        disk = os.statvfs(self._layout.root)
-        free = disk.f_bavail * disk.f_frsize
-        if size > free - self._min_free:
-            kept = f"and keeps {_gib(self._min_free)} free (min_free)"
-            raise NoSpace(
-                f"{repo} needs {_gib(size)} more; {self._layout.root} has {_gib(free)} free, {kept}",
-                "remove repos (modelcache ls, modelcache rm), ask for fewer files with patterns, or give the cache a larger disk",
-                needed_bytes=size,
-                free_bytes=free,
-                min_free_bytes=self._min_free,
-            )
-
-    @asynccontextmanager
-    async def _shown_to_waiters(self, meter: Meter, repo: Repo) -> AsyncIterator[None]:
-        """While it runs, everybody who waits sees the meter."""
-
-        async def tick() -> None:
-            while True:
-                await asyncio.sleep(TICK_SECONDS)
-                meter.show(self._pause(repo))
-
-        ticking = asyncio.create_task(tick())
-        try:
-            yield
-            meter.show()
-        finally:
-            ticking.cancel()
-
     @contextmanager
     def _told_of_pauses(self, repo: Repo, report: Report) -> Iterator[None]:
         """The same for one caller during a look-up. A timer instead of a task: nearly every look-up is answered from memory."""
@@ -382,7 +377,3 @@ def _incomplete(selection: Selection, missing: list[ListedFile]) -> IncompleteSn
         "drop local_files_only and HF_HUB_OFFLINE to fetch them",
         missing=len(missing),
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 
 from .errors import GatedRepo, HubUnavailable, LocalEntryNotFound, RepoNotFound, TokenRefused
+from .exchange import Exchange
 from .hub import Answer, Hub
 from .model import Commit, Listing, Repo, is_commit
 from .recent import Recent
-from .repos import Repos
+from .repos import Ref, Repos, Visibility
 from .singleflight import Flight, Flights
-from .tasks import Pool
+from .tasks import Pool, behind
 
 Warn = Callable[[str], None]
 log = logging.getLogger(__name__)
@@ -28,7 +29,15 @@ log = logging.getLogger(__name__)
 
 class Lookup:
     def __init__(
-        self, repos: Repos, hub: Hub, pool: Pool, group: asyncio.TaskGroup, fresh_seconds: float, verdict_seconds: float, offline: bool
+        self,
+        repos: Repos,
+        hub: Hub,
+        pool: Pool,
+        group: asyncio.TaskGroup,
+        fresh_seconds: float,
+        verdict_seconds: float,
+        offline: bool,
+        exchange: Exchange | None = None,
     ) -> None:
         self._repos = repos
         self._hub = hub
@@ -36,6 +45,8 @@ class Lookup:
         self._fresh_seconds = fresh_seconds
         self._verdict_seconds = verdict_seconds
         self._offline = offline
+        self._exchange = exchange
+        self._group = group
         self._answers: Flights[tuple[Repo, str, str | None], Flight[Answer], Answer] = Flights(group)
         self._listings: Flights[tuple[Repo, Commit, str | None], Flight[Listing], Listing] = Flights(group)
         self._accesses: Flights[tuple[Repo, str | None], Flight[None], None] = Flights(group)
@@ -51,12 +62,14 @@ class Lookup:
         if known is not None and not force and known.age() < self._fresh_seconds:
             return Commit(known.commit)
         if local or self._offline:
+            known = known or (None if local else await self._remembered(repo, revision))
             if known is None:
                 raise not_here(repo, revision)
             return Commit(known.commit)
         try:
             answer = await self._look_up(repo, revision, token, attempts=None if known is None else 1)
         except HubUnavailable as error:
+            known = known or await self._remembered(repo, revision)
             if known is None:
                 raise
             warn(f"{error.message}; using {repo}@{revision} as of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(known.checked))}")
@@ -84,6 +97,12 @@ class Lookup:
         known = await self._pool.run(self._repos.listing, repo, commit)
         if known is not None:
             return known
+        if self._exchange is not None and not local:
+            with self._exchange.suppressed():
+                known = await self._exchange.answered(self._exchange.records.listing(repo, commit))
+                if known is not None:
+                    await self._pool.run(self._repos.set_listing, repo, known)
+                    return known
         if local or self._offline:
             raise not_here(repo, commit)
         return await self._listings.join((repo, commit, token), lambda: Flight(lambda: self._list(repo, commit, token)))
@@ -105,6 +124,25 @@ class Lookup:
             self._accept(repo, token)  # the hub has just shown it to this token
         return answer
 
+    async def _remembered(self, repo: Repo, revision: str) -> Ref | None:
+        """What another node left in the store about a public repo."""
+        if self._exchange is None:
+            return None
+        records = self._exchange.records
+        with self._exchange.suppressed():
+            seen = await self._exchange.answered(records.visibility(repo))
+            if seen is None or not seen.is_public:
+                return None
+            if is_commit(revision):
+                listing = await self._exchange.answered(records.listing(repo, Commit(revision)))
+                ref = None if listing is None else Ref(revision, seen.checked)
+            else:
+                ref = await self._exchange.answered(records.ref(repo, revision))
+            if ref is not None and self._repos.visibility(repo) is None:
+                self._repos.set_visibility(repo, private=False, gated=False)
+            return ref
+        return None
+
     async def _list(self, repo: Repo, commit: Commit, token: str | None) -> Listing:
         listing = await self._hub.list_files(repo, commit, token)
         await self._pool.run(self._repos.set_listing, repo, listing)
@@ -115,7 +153,14 @@ class Lookup:
         seen = self._repos.visibility(repo)
         if seen is not None and seen.is_public and isinstance(error, RepoNotFound):
             log.warning("repo closed to the public", extra={"repo": str(repo)})
-            self._repos.set_visibility(repo, private=True, gated=isinstance(error, GatedRepo))
+            now_seen = self._repos.set_visibility(repo, private=True, gated=isinstance(error, GatedRepo))
+            if self._exchange is not None:
+                behind(self._group, self._tell(repo, now_seen))
+
+    async def _tell(self, repo: Repo, seen: Visibility) -> None:
+        assert self._exchange is not None
+        with self._exchange.suppressed():
+            await self._exchange.answered(self._exchange.records.put_visibility(repo, seen))
 
     def _accept(self, repo: Repo, token: str | None) -> None:
         self._verdicts.put(self._verdict_key(repo, token), time.monotonic())
