@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,9 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 class Daemon:
     """A running daemon. `config` are fields of its configuration, in the spelling of the configuration (fresh_seconds=0)."""
+
+    wrapper: Sequence[str] = ()  # a subclass says what runs the interpreter: strace
+    program: Sequence[str] = ("-m", "modelcached")  # and what the interpreter runs: a daemon that is broken on purpose
 
     def __init__(self, root: Path | str, hub: HasEndpoint | str | None, uid: int | None, config: dict[str, Any]) -> None:
         self.root = Path(root)
@@ -159,7 +163,7 @@ class Daemon:
     def _launch(self) -> None:
         flags = [f"--{name.replace('_', '-')}={_spelt(value)}" for name, value in self.config.items()]
         flags += [f"--root={self.root}", f"--socket={self.socket}"]
-        command = [sys.executable, "-m", "modelcached", "serve", "--log-level", "debug", *flags]
+        command = [*self.wrapper, sys.executable, *self.program, "serve", "--log-level", "debug", *flags]
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notified:
             notified.bind(b"\0modelcached-test-" + os.urandom(8).hex().encode())  # in no folder: every uid may write to it

@@ -26,6 +26,8 @@ def test_where_things_lie() -> None:
     assert LAYOUT.partial(Content("sha256", DIGEST, 1)) == ROOT / "partial" / DIGEST
     assert LAYOUT.tree(TREE) == ROOT / "trees" / f"{TREE}.json"
     assert LAYOUT.view(TREE) == ROOT / "views" / TREE
+    assert LAYOUT.partial(Content("object", DIGEST, 1)) == ROOT / "partial" / f"object-{DIGEST}"
+    assert LAYOUT.legacy("s3://b", "k").parent == ROOT / "legacy" and LAYOUT.legacy("s3://b", "k") != LAYOUT.legacy("s3://b", "l")
     assert LAYOUT.lease_folder(TREE) == ROOT / "leases" / TREE
     assert LAYOUT.ref(REPO, "refs/pr/1") == FOLDER / "refs/refs%2Fpr%2F1"
     assert LAYOUT.listing(REPO, COMMIT) == FOLDER / f"{COMMIT}.json"

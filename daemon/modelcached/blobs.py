@@ -6,8 +6,10 @@ There is no index: existence is a stat. What lies is moved to quarantine/ and co
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,7 @@ class Blobs:
         self._syncing = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
         self._queue: list[tuple[bytes, Digest, asyncio.Future[None]]] = []  # small blobs that wait for the running batch to end
         self._publishing = False
+        self._unsynced: dict[Path, Digest] = {}  # captured files whose fsync failed, and what they held before; only `_seal` touches it
         self.quarantined = 0
 
     def has(self, digest: Digest, size: int) -> bool:
@@ -103,6 +106,61 @@ class Blobs:
                 self.check(digest)  # a blob that lies must not keep the good one from its name (I10)
         durable.publish([durable.Staged(source, self._layout.blob(digest)) for digest, source in sources.items()], self._syncing.map)
 
+    async def share(self, source: Path, digest: Digest) -> None:
+        """Makes a captured file and its blob one: the file becomes the blob, or a second name of the one that is here."""
+        with disk_errors(f"publishing {digest[:12]}"):
+            await self._pool.run(self._share, source, digest)
+
+    def _share(self, source: Path, digest: Digest) -> None:
+        path = self._layout.blob(digest)
+        if not self.has(digest, source.stat().st_size):
+            self.check(digest)
+            self._seal(source, digest)
+            try:
+                is_linked = durable.link(source, path)
+            except FileExistsError:  # an equal file was faster
+                pass
+            else:
+                if not is_linked:
+                    raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(source))
+                return durable.sync_folders([path.parent])
+        if not path.samefile(source):
+            second = self._layout.fresh("second")
+            if durable.link(path, second):
+                durable.rename(second, source)
+        durable.sync_folders([path.parent])
+
+    def _seal(self, source: Path, digest: Digest) -> None:
+        """An fsync error is final for its file: the next one could succeed and mean nothing. A copy takes its place if it can."""
+        if source not in self._unsynced:
+            try:
+                return durable.seal(source)
+            except OSError:
+                self._unsynced[source] = digest
+        copy = self._layout.fresh("again")
+        try:
+            shutil.copyfile(source, copy)
+            if not hash_file(copy) == digest == self._unsynced[source]:
+                raise EOFError(f"{source.name} could not be written, and its bytes are lost")
+            durable.seal(copy)
+            durable.rename(copy, source)
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
+        del self._unsynced[source]
+
+    def make_executable(self, digest: Digest) -> None:
+        """The same bytes once more, executable: modes belong to the file, not to its name (blocks)."""
+        target = self._layout.blob(digest, executable=True)
+        if not target.exists():
+            source = self._layout.fresh("blob")
+            try:
+                shutil.copyfile(self._layout.blob(digest), source)
+            except BaseException:
+                source.unlink(missing_ok=True)
+                raise
+            durable.publish([durable.Staged(source, target, executable=True)], self._syncing.map)
+
     def check(self, digest: Digest) -> bool:
         """Re-hashes a blob (blocks). False: it lied and is in quarantine, or was not here."""
         path = self._layout.blob(digest)
@@ -151,8 +209,13 @@ class Blobs:
 
 
 def hash_file(path: Path) -> Digest:
+    """The SHA-256 of a file (blocks)."""
     sha256 = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(HASH_BYTES):
             sha256.update(chunk)
     return Digest(sha256.hexdigest())
+
+
+def hash_bytes(data: bytes) -> Digest:
+    return Digest(hashlib.sha256(data).hexdigest())

@@ -112,7 +112,7 @@ async def _serve(settings: Config, build: Builder, listener: listen.Listener, no
             if notifier.watchdog_seconds:
                 _ = background.create_task(_be_watched(notifier, notifier.watchdog_seconds))
             if settings.idle_exit is not None:
-                _ = background.create_task(_stop_when_idle(server, settings.idle_exit, stop))
+                _ = background.create_task(_stop_when_idle(server, service, settings.idle_exit, stop))
             logger.info("ready", extra={"version": __version__, "socket": listener.path or "passed in", "root": settings.root})
             notifier.ready()
             notifier.status("serving")
@@ -172,8 +172,11 @@ async def _be_watched(notifier: Notifier, seconds: float) -> None:
         await asyncio.sleep(seconds / 2)
 
 
-async def _stop_when_idle(server: Server, seconds: float, stop: asyncio.Event) -> None:
+async def _stop_when_idle(server: Server, service: Service, seconds: float, stop: asyncio.Event) -> None:
     await server.idle(seconds)
+    while service.is_busy:
+        await asyncio.sleep(seconds)
+        await server.idle(seconds)
     logger.info("idle", extra={"seconds": seconds})
     stop.set()
 

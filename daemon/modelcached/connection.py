@@ -43,9 +43,21 @@ class Service(Protocol):
     @property
     def methods(self) -> Mapping[str, type]: ...
 
-    async def call(self, method: str, params: Any, caller: Caller, report: Callable[[Progress], None]) -> Reply:
+    @property
+    def taking(self) -> frozenset[str]:
+        """The methods that take descriptors."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is still to be done for callers who have gone: a daemon that ends when idle waits for it."""
+        ...
+
+    async def call(
+        self, method: str, params: Any, caller: Caller, report: Callable[[Progress], None], descriptors: tuple[int, ...]
+    ) -> Reply:
         """Answers one request; cancelled when the caller leaves. A ModelcachedError reaches the caller by its name.
-        `report` never blocks and is called from the event loop's thread."""
+        `report` never blocks and is called from the event loop's thread. The descriptors are closed after the call."""
         ...
 
     def hello(self) -> HelloReply: ...
@@ -170,20 +182,23 @@ class Connection:
             self._dispatch(message)
 
     def _dispatch(self, message: Message) -> None:
-        close_all(message.descriptors)  # no verb takes any
-        envelope = message.envelope
+        envelope, descriptors = message.envelope, message.descriptors
+        if envelope is None or envelope.id is None or envelope.method not in self._service.taking:
+            close_all(descriptors)
         if envelope is None:
             return self._send_error(None, RequestError("invalid_request", f"not a request: {message.problem}"))
         if envelope.id is None:
             return self._notified(envelope)
-        if envelope.id in self._running:
-            return self._send_error(None, RequestError("invalid_request", f"a request with the id {envelope.id!r} is running"))
         try:
-            if message.descriptors:
+            if envelope.id in self._running:
+                raise RequestError("invalid_request", f"a request with the id {envelope.id!r} is running")
+            if descriptors and envelope.method not in self._service.taking:
                 raise InvalidRequest(f"{envelope.method} takes no descriptors")
-            self._start(envelope.id, envelope)
+            self._start(envelope.id, envelope, descriptors)
         except ModelcachedError as error:
-            self._send_error(envelope.id, error)
+            if envelope.method in self._service.taking:
+                close_all(descriptors)
+            self._send_error(None if envelope.id in self._running else envelope.id, error)
 
     def _notified(self, envelope: Envelope) -> None:
         """Notifications get no answer, not even a wrong one."""
@@ -206,7 +221,7 @@ class Connection:
         self._is_greeted = True
         self.outbox.send(encode({"jsonrpc": "2.0", "id": request, "result": self._service.hello()._asdict()}))
 
-    def _start(self, request: RequestId, envelope: Envelope) -> None:
+    def _start(self, request: RequestId, envelope: Envelope, descriptors: tuple[int, ...]) -> None:
         if envelope.method == HELLO:
             return self._greet(request, self._verbs[HELLO].read(envelope.params))
         if not self._is_greeted:
@@ -222,14 +237,14 @@ class Connection:
             self._traffic.refused += 1
             raise TooMany(f"{MAX_REQUESTS} requests of this connection are running", "wait for one of them")
         if self._requests is None or self._is_closed:
-            return
-        task = self._running[request] = self._requests.create_task(self._serve(request, envelope.method, params))
-        task.add_done_callback(partial(self._finished, request))
+            return close_all(descriptors)
+        task = self._running[request] = self._requests.create_task(self._serve(request, envelope.method, params, descriptors))
+        task.add_done_callback(partial(self._finished, request, descriptors))
         self._traffic.request_started()
 
-    async def _serve(self, request: RequestId, method: str, params: Any) -> None:
+    async def _serve(self, request: RequestId, method: str, params: Any, descriptors: tuple[int, ...]) -> None:
         try:
-            reply = await self._service.call(method, params, self._caller, partial(self._report, request))
+            reply = await self._service.call(method, params, self._caller, partial(self._report, request), descriptors)
         except ModelcachedError as error:
             self._answer_error(request, error)
         except asyncio.CancelledError:
@@ -241,7 +256,8 @@ class Connection:
         else:
             self._answer(request, reply)
 
-    def _finished(self, request: RequestId, task: asyncio.Task[None]) -> None:
+    def _finished(self, request: RequestId, descriptors: tuple[int, ...], task: asyncio.Task[None]) -> None:
+        close_all(descriptors)
         del self._running[request]
         self._answered.discard(request)
         self._traffic.request_ended()

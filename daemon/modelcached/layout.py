@@ -6,6 +6,7 @@ partial/<name>[.map]             resumable downloads and what of them counts
 trees/<tree>.json                trees; mtime is the last use
 views/<tree>/...                 exactly a tree's files (I2)
 repos/<endpoint>/<type>--<id>/   visibility.json  oids  refs/<revision>  shown/<tree>  <commit>.json
+legacy/<artifact>.json           which tree an artifact of metaflow-checkpoint turned out to be
 leases/<tree>/<id>               one file per lease, flocked by its holder (I4)
 quarantine/                      blobs that lied (I10)
 tmp/                             emptied at start
@@ -24,7 +25,7 @@ from .model import Commit, Content, Digest, Repo, TreeId
 
 FORMAT_VERSION = 1
 PUBLIC_FOLDERS = {"views": 0o711}  # names in it are not listed to others; the rest is the daemon's own
-PRIVATE_FOLDERS = ("blobs", "blobs/sha256", "partial", "trees", "repos", "leases", "quarantine", "tmp")
+PRIVATE_FOLDERS = ("blobs", "blobs/sha256", "partial", "trees", "repos", "legacy", "leases", "quarantine", "spool", "spool/corrupt", "tmp")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Layout:
     def repos(self) -> Path:
         return self.root / "repos"
 
+    def legacy(self, store_url: str, key: str) -> Path:
+        return self.root / "legacy" / f"{hashlib.sha256(f'{store_url} {key}'.encode()).hexdigest()}.json"
+
     @cached_property
     def leases(self) -> Path:
         return self.root / "leases"
@@ -66,6 +70,17 @@ class Layout:
     @cached_property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
+
+    @cached_property
+    def spool(self) -> Path:
+        return self.root / "spool"
+
+    @cached_property
+    def corrupt(self) -> Path:
+        return self.spool / "corrupt"
+
+    def spool_entry(self, name: str) -> Path:
+        return self.spool / name
 
     @cached_property
     def tmp(self) -> Path:
@@ -80,6 +95,8 @@ class Layout:
     def partial(self, content: Content) -> Path:
         if content.algorithm == "sha256":
             return self.partials / content.hex
+        if content.algorithm == "object":
+            return self.partials / f"object-{content.hex}"
         scope = hashlib.sha256(content.scope.encode()).hexdigest()[:16]
         return self.partials / f"git-{scope}-{content.hex}"
 
@@ -90,8 +107,7 @@ class Layout:
         return _joined(self.views, tree)  # several times in every call, however warm
 
     def repo(self, repo: Repo) -> Path:
-        scheme, _, rest = repo.endpoint.partition("://")
-        return self.repos / f"{scheme}+{quote(rest, safe=':')}" / f"{repo.type}--{repo.id.replace('/', '--')}"
+        return self.repos / repo_folder(repo)
 
     def visibility(self, repo: Repo) -> Path:
         return self.repo(repo) / "visibility.json"
@@ -114,6 +130,12 @@ class Layout:
     def fresh(self, purpose: str) -> Path:
         """A name in tmp/ that nobody else uses."""
         return self.tmp / f"{purpose}-{secrets.token_hex(8)}"
+
+
+def repo_folder(repo: Repo) -> str:
+    """What is known of a repo lies in a folder of this name, on disk and in stores."""
+    scheme, _, rest = repo.endpoint.partition("://")
+    return f"{scheme}+{quote(rest, safe=':')}/{repo.type}--{repo.id.replace('/', '--')}"
 
 
 @lru_cache(4096)

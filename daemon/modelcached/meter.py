@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from modelcache.protocol import Progress
@@ -39,6 +41,9 @@ class Meter:
         self.total_bytes, self.total_files = total_bytes, total_files
         self.done_bytes, self.done_files = done_bytes, done_files
 
+    def receive(self, count: int) -> None:
+        self.received_bytes += count
+
     def finish(self, size: int) -> None:
         """One more file is done."""
         self.done_bytes += size
@@ -70,3 +75,20 @@ class Meter:
             self._samples.popleft()
         since, before = self._samples[0]
         return (self.received_bytes - before) / (now - since) if now > since else 0.0
+
+
+@asynccontextmanager
+async def ticking(meter: Meter, pause: Callable[[], str] = str) -> AsyncIterator[None]:
+    """While the block runs, everybody who waits sees the meter; `pause` tells why nothing happens right now, "" if there is no reason."""
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            meter.show(pause())
+
+    task = asyncio.create_task(tick())
+    try:
+        yield
+        meter.show()
+    finally:
+        task.cancel()

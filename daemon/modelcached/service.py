@@ -24,11 +24,12 @@ from modelcache.protocol import (
 
 from . import __version__
 from .config import Config
-from .errors import EndpointNotAllowed, InUse, InvalidRequest, NotPermitted, disk_errors
+from .errors import EndpointNotAllowed, InUse, InvalidRequest, disk_errors
 from .fetch import Ask, Fetch
+from .keeping import Keeping
 from .leases import Leases
 from .meter import Report
-from .model import Caller, Digest, Reply, check_repo, check_revision
+from .model import Caller, Digest, Reply, check_repo, check_revision, is_owner, require_owner
 from .repos import Repos
 from .trees import Trees
 from .upkeep import Known, Upkeep
@@ -46,7 +47,8 @@ class Service:
         trees: Trees,
         repos: Repos,
         leases: Leases,
-        statistics: Callable[[], dict[str, Any]],
+        keeping: Keeping,
+        statistics: Callable[[int | None], dict[str, Any]],  # as one uid may see them; None: all of it
     ) -> None:
         self._config = config
         self._fetch = fetch
@@ -55,6 +57,8 @@ class Service:
         self._repos = repos
         self._leases = leases
         self._statistics = statistics
+        self.taking = keeping.taking  # the methods that take descriptors
+        self._keeping = keeping
         self._verbs: dict[str, tuple[type, Callable[[Any, Caller, Report], Awaitable[Reply]]]] = {
             "fetch": (FetchParams, self._do_fetch),
             "plan": (FetchParams, self._do_plan),
@@ -66,12 +70,17 @@ class Service:
 
     @property
     def methods(self) -> Mapping[str, type]:
-        return {name: params for name, (params, _) in self._verbs.items()}
+        return {name: params for name, (params, *_) in (*self._verbs.items(), *self._keeping.verbs.items())}
 
-    async def call(self, method: str, params: Any, caller: Caller, report: Report) -> Reply:
-        _, verb = self._verbs[method]
+    @property
+    def is_busy(self) -> bool:
+        return self._keeping.is_busy
+
+    async def call(self, method: str, params: Any, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         with disk_errors(f"serving {method}"):
-            return await verb(params, caller, report)
+            if method in self._keeping.verbs:
+                return await self._keeping.verbs[method][1](params, caller, report, descriptors)
+            return await self._verbs[method][1](params, caller, report)
 
     def hello(self) -> HelloReply:
         return HelloReply(
@@ -141,7 +150,7 @@ class Service:
         return Reply({"repos": [entry._asdict() for entry in await self._upkeep.entries(known)]})
 
     async def _do_remove(self, params: Remove, caller: Caller, report: Report) -> Reply:
-        self._require_owner(caller, "remove repos")
+        require_owner(caller, "remove repos")
         repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
         if self._fetch.is_running(repo):
             raise InUse(f"{repo} is being fetched", "wait until that is done, then remove it again")
@@ -152,7 +161,7 @@ class Service:
             self._fetch.forget()
 
     async def _do_verify(self, params: Verify, caller: Caller, report: Report) -> Reply:
-        self._require_owner(caller, "verify the cache")
+        require_owner(caller, "verify the cache")
         repo = None if params.repo_id is None else check_repo(self._config.hub_endpoint, params.repo_type, params.repo_id)
         reply = await self._upkeep.verify(repo, report)
         for digest in reply.damaged:
@@ -160,7 +169,7 @@ class Service:
         return Reply(reply)
 
     async def _do_status(self, params: Status, caller: Caller, report: Report) -> Reply:
-        return Reply(self._statistics())
+        return Reply(self._statistics(None if is_owner(caller) else caller.uid))
 
     def _ask(self, params: FetchParams) -> Ask:
         repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
@@ -192,16 +201,6 @@ class Service:
             )
         return asked.rstrip("/")
 
-    def _require_owner(self, caller: Caller, what: str) -> None:
-        if caller.uid not in (0, os.geteuid()):
-            raise NotPermitted(
-                f"uid {caller.uid} may not {what}", f"only root and the daemon's own user (uid {os.geteuid()}) may: sudo modelcache ..."
-            )
-
     def _may_see(self, caller: Caller, known: Known) -> bool:
         """Listings show others' private repos to nobody (I8)."""
-        return (
-            known.visibility.is_public
-            or caller.uid in (0, os.geteuid())
-            or any(self._trees.is_admitted(name, caller) for name in known.shown)
-        )
+        return known.visibility.is_public or is_owner(caller) or any(self._trees.is_admitted(name, caller) for name in known.shown)

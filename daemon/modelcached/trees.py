@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ class Trees:
         self._layout = layout
         self._blob_path = blob_path
         self._touched: dict[TreeId, float] = {}
+        self._mending = [threading.Lock() for _ in range(64)]  # by the first byte of a tree's name: one at a time mends a view
 
     def save(self, tree: Tree) -> TreeId:
         """Writes the tree down (blocks), durably."""
@@ -69,10 +71,11 @@ class Trees:
         """Makes the view show exactly this tree, whatever it shows now (blocks). Every blob has been published before (I2)."""
         view = self._layout.view(name)
         wanted = {file.path for file in tree.files} | {_link(*link) for link in tree.links} | {f"{path}/" for path in tree.folders}
-        if not view.exists() or set(_walk(view)) != wanted:
-            self.build(name, tree)
-        for file in self.suspects(name, tree.files):
-            self._renew(view / file.path, file)
+        with self._mending[int(name[:2], 16) % len(self._mending)]:
+            if not view.exists() or set(_walk(view)) != wanted:
+                self.build(name, tree)
+            for file in self.suspects(name, tree.files):
+                self._renew(view / file.path, file)
 
     def suspects(self, name: TreeId, files: Iterable[TreeFile]) -> Iterator[TreeFile]:
         """Files of the view that don't look as published: root can write through a hard link (I1)."""

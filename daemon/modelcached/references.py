@@ -1,0 +1,215 @@
+"""What the store knows of saves: references by key, and the records of their trees. The only place that names its objects.
+
+blobs/sha256/ab/<sha256>     plain bytes; packs are blobs too
+trees/<tree>.json            the tree, and which packs hold which of its files
+refs/<key>.json              a reference and its tree
+refs/<key>.pending           a save that is on its way: node, time, size, and its tree as soon as that is known
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from .errors import IncompatibleReference, InvalidRequest, MissingObject, ReferenceNotFound, UnsafePath
+from .model import Digest, Tree, TreeId, decode_tree, is_digest
+from .packs import Pack, Packed
+from .store import Store
+from .store.contract import check_key as check_store_key
+from .tasks import Pool, each
+
+REFERENCE_FORMAT = 1
+MAX_REFERENCE_BYTES = 1 << 20
+MAX_TREE_BYTES = 256 << 20
+READ_AT_ONCE = 32  # references, for a listing
+
+
+class Kept(NamedTuple):
+    """A reference as the store has it."""
+
+    reference: dict[str, Any]
+    tree: TreeId
+
+
+class Record(NamedTuple):
+    """A tree as the store has it."""
+
+    tree: Tree
+    packs: tuple[Pack, ...]
+
+    @property
+    def blobs(self) -> set[Digest]:
+        """What has to be in the store for it: packs, and the files that are in none."""
+        packed = {file.path for pack in self.packs for file in pack.files}
+        return {pack.sha256 for pack in self.packs} | {file.sha256 for file in self.tree.files if file.path not in packed}
+
+
+class _KeptJson(msgspec.Struct):
+    format: int
+    reference: dict[str, Any]
+    tree: str
+
+
+class _NamingJson(msgspec.Struct):
+    format: int
+    tree: str | None = None
+
+
+class _PackJson(msgspec.Struct):
+    sha256: str
+    size: int
+    files: list[tuple[str, int, int]]
+
+
+class _RecordJson(msgspec.Struct):
+    tree: msgspec.Raw
+    packs: list[_PackJson]
+
+
+def check_key(key: str) -> str:
+    """A key whose objects' names every store takes; InvalidRequest says what one looks like."""
+    try:
+        check_store_key(key)
+        check_store_key(pending_key(key))
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"{key[:200]!r} is no key: {error.message}", "a key is what a save returned as `key`, e.g. mf.models/models/artifacts/..."
+        ) from None
+    return key
+
+
+def blob_key(digest: Digest) -> str:
+    return f"blobs/sha256/{digest[:2]}/{digest}"
+
+
+def tree_key(tree: TreeId) -> str:
+    return f"trees/{tree}.json"
+
+
+def reference_key(key: str) -> str:
+    return f"refs/{key}.json"
+
+
+def pending_key(key: str) -> str:
+    return f"refs/{key}.pending"
+
+
+def encode_record(tree: Tree, packs: tuple[Pack, ...]) -> bytes:
+    listed = [{"sha256": pack.sha256, "size": pack.size, "files": [list(file) for file in pack.files]} for pack in packs]
+    return msgspec.json.encode({"tree": msgspec.Raw(tree.encode()), "packs": listed})
+
+
+def encode_reference(reference: dict[str, Any], tree: TreeId) -> bytes:
+    return msgspec.json.encode({"format": REFERENCE_FORMAT, "reference": reference, "tree": tree})
+
+
+def encode_pending(reference: dict[str, Any], node: str, tree: TreeId | None = None) -> bytes:
+    """`tree` as soon as it is known: a garbage collection leaves it alone then."""
+    known = {name: reference.get(name) for name in ("key", "type", "name", "label", "created_on", "size", "files", "save_id")}
+    return msgspec.json.encode({"format": REFERENCE_FORMAT, "node": node, **known, "tree": tree})
+
+
+def named_tree(raw: bytes) -> TreeId | None:
+    """The tree that any record but a tree's own names: a reference, a pending save, a hub record. ValueError if it can't be read."""
+    try:
+        read = msgspec.json.decode(raw, type=_NamingJson)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from None
+    if read.format > REFERENCE_FORMAT or not (read.tree is None or is_digest(read.tree)):
+        raise ValueError("of a newer format")
+    return None if read.tree is None else TreeId(read.tree)
+
+
+def decode_record(raw: bytes, name: TreeId) -> Record:
+    """A tree's record; IncompatibleReference if it is not sound."""
+    try:
+        read = msgspec.json.decode(raw, type=_RecordJson)
+        tree = decode_tree(bytes(read.tree), name)
+        packs = tuple(Pack(Digest(pack.sha256), pack.size, tuple(Packed(*file) for file in pack.files)) for pack in read.packs)
+        _check_packs(tree, packs)
+    except (msgspec.MsgspecError, UnsafePath, ValueError) as error:
+        raise _no_record(name) from error
+    return Record(tree, packs)
+
+
+class References:
+    """The references of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def get(self, key: str) -> Kept:
+        """ReferenceNotFound, or IncompatibleReference if it is there and can't be read."""
+        try:
+            raw = await self._store.get(reference_key(key), MAX_REFERENCE_BYTES)
+        except MissingObject:
+            raise _not_found(key) from None
+        return _kept(raw, key)
+
+    async def record(self, name: TreeId, pool: Pool) -> Record:
+        """A tree's record; IncompatibleReference if it is not there, or not sound. A large one takes long to read: a thread does it."""
+        try:
+            raw = await self._store.get(tree_key(name), MAX_TREE_BYTES)
+        except MissingObject as error:
+            raise _no_record(name) from error
+        return await pool.run(decode_record, raw, name)
+
+    async def all(self, prefix: str) -> list[Kept]:
+        """Every readable reference whose key begins so, in no order."""
+        keys = [
+            found.key.removeprefix("refs/").removesuffix(".json")
+            async for found in self._store.list(f"refs/{prefix}")
+            if found.key.endswith(".json")
+        ]
+        found: list[Kept] = []
+
+        async def read(key: str) -> None:
+            try:
+                found.append(await self.get(key))
+            except (ReferenceNotFound, IncompatibleReference):  # deleted meanwhile, or of a newer daemon
+                pass
+
+        await each(keys, read, READ_AT_ONCE)
+        return found
+
+    async def delete(self, key: str) -> None:
+        """Takes the reference away, readable or not. ReferenceNotFound if there is none."""
+        if await self._store.head(reference_key(key)) is None:
+            raise _not_found(key)
+        await self._store.delete(reference_key(key))
+
+
+def _no_record(name: TreeId) -> IncompatibleReference:
+    return IncompatibleReference(f"the store's record of tree {name[:12]} is missing or damaged", "save it again", tree=name)
+
+
+def _not_found(key: str) -> ReferenceNotFound:
+    return ReferenceNotFound(f"no save has the key {key}", "it was deleted, or belongs to another store: modelcache ls --store", key=key)
+
+
+def _check_packs(tree: Tree, packs: tuple[Pack, ...]) -> None:
+    """ValueError if the index can't be right."""
+    sizes = {file.path: file.size for file in tree.files}
+    for pack in packs:
+        if not is_digest(pack.sha256):
+            raise ValueError("a pack has no digest")
+        for file in pack.files:
+            if sizes.get(file.path) != file.size or file.offset < 0 or file.offset + file.size > pack.size:
+                raise ValueError(f"{file.path!r} can't lie where the index says")
+
+
+def _kept(raw: bytes, key: str) -> Kept:
+    try:
+        read = msgspec.json.decode(raw, type=_KeptJson)
+        if read.format > REFERENCE_FORMAT:
+            raise IncompatibleReference(
+                f"the reference {key} is of a newer version (format {read.format})", "upgrade the daemon, or save again", key=key
+            )
+        if not is_digest(read.tree) or read.reference.get("key") != key:
+            raise ValueError("not what was written")
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise IncompatibleReference(
+            f"the reference {key} is damaged in the store", "upgrade the daemon if a newer one wrote it, or save again", key=key
+        ) from error
+    return Kept(read.reference, TreeId(read.tree))

@@ -1,0 +1,43 @@
+"""The stores this daemon serves: those of its config; a private daemon any of its own user. Opened at first use, closed at the end."""
+
+from __future__ import annotations
+
+from .errors import StoreNotAllowed
+from .references import References
+from .store import Store, check_url, open_store
+from .tasks import Pool
+
+
+class Stores:
+    def __init__(self, default: str, others: tuple[str, ...], serves_any: bool, pool: Pool, daemon: str) -> None:
+        self.default = check_url(default)
+        self._allowed = (self.default, *map(check_url, others))
+        self._serves_any = serves_any
+        self._pool = pool
+        self._daemon = daemon  # how an error names it
+        self._open: dict[str, Store] = {}
+
+    def named(self, url: str | None) -> str:
+        """The store a request means; StoreNotAllowed names it and those there are."""
+        if url is None:
+            return self.default
+        spelt = check_url(url)
+        if spelt not in self._allowed and not self._serves_any:
+            raise StoreNotAllowed(
+                f"the daemon on {self._daemon} does not serve the store {spelt}",
+                f"it serves {', '.join(self._allowed)}: add it to `stores` in its config, or ask another daemon: MODELCACHE_SOCKET",
+            )
+        return spelt
+
+    async def open(self, url: str) -> Store:
+        store = self._open.get(url)
+        if store is None:
+            store = self._open[url] = open_store(url, self._pool)
+        return store
+
+    async def references(self, url: str) -> References:
+        return References(await self.open(url))
+
+    async def close(self) -> None:
+        for store in self._open.values():
+            await store.close()
