@@ -13,15 +13,16 @@ from typing import Any, TextIO
 
 
 def file_hashes(folder: str) -> dict[str, str]:
-    """Path and SHA-256 of every file below, read through the path that the task was given."""
+    """Path and SHA-256 of every file below (links are none), read through the path that the task was given."""
     import hashlib
 
     found = {}
     for above, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(above, name)
-            with open(path, "rb") as file:
-                found[os.path.relpath(path, folder)] = hashlib.file_digest(file, "sha256").hexdigest()
+            if not os.path.islink(path):
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, folder)] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -80,6 +81,29 @@ class Task:
 
         kinds: dict[str, Any] = {"rm": protocol.Remove, "ls": protocol.List_, "verify": protocol.Verify, "status": protocol.Status}
         return {"value": client.shared().call(method, kinds[method](**arguments))}
+
+    def do_save(self, path: str, **arguments: Any) -> dict[str, Any]:
+        import modelcache
+
+        return {"value": modelcache.save(path, **arguments)}
+
+    def do_load(self, reference: Any, path: str | None = None, hashes: bool = False) -> dict[str, Any]:
+        import modelcache
+
+        loaded = modelcache.load(reference, path)
+        return {"path": loaded, "files": file_hashes(loaded) if hashes else None}
+
+    def do_flush(self, deadline: float | None = None, everything: bool = False) -> dict[str, Any]:
+        import modelcache
+
+        modelcache.flush(deadline, everything=everything)
+        return {}
+
+    def do_wire(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """One request as it goes over the wire."""
+        from modelcache import client
+
+        return {"value": client.shared().session(lambda connection, _: connection.request(method, params)).result}
 
     def do_hashes(self, folder: str) -> dict[str, Any]:
         return {"files": file_hashes(folder)}

@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from modelcache.protocol import ERROR_CODES, PROTOCOL_VERSION
 
@@ -29,11 +29,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Request:
     """One request; `is_cancelled` is set when its caller has left."""
 
-    def __init__(self, peer: Peer, message: dict[str, Any]) -> None:
+    def __init__(self, peer: Peer, message: dict[str, Any], descriptors: list[int]) -> None:
         self.peer = peer
         self.id: int = message["id"]
         self.method: str = message["method"]
         self.params: dict[str, Any] = message["params"]
+        self.descriptors = descriptors  # what came with it; closed when the answer is out
         self.is_cancelled = threading.Event()
 
     def reply(self, result: Any, descriptors: Iterable[int] = ()) -> None:
@@ -77,11 +78,20 @@ class Peer:
 
     def serve(self) -> None:
         buffer = b""
+        arrived: list[int] = []
         with contextlib.suppress(OSError):
-            while data := self._socket.recv(1 << 16):
+            while True:
+                data, ancillary, _, _ = self._socket.recvmsg(1 << 16, socket.CMSG_SPACE(64 * 4), socket.MSG_CMSG_CLOEXEC)
+                for _, _, rights in ancillary:
+                    arrived.extend(array.array("i", rights))
+                if not data:
+                    break
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
-                    self._take(json.loads(line))
+                    message = json.loads(line)
+                    count = message.get("fds", 0)
+                    self._take(message, arrived[:count])
+                    del arrived[:count]
         for request in list(self.running.values()):
             request.is_cancelled.set()
         self._socket.close()
@@ -90,17 +100,24 @@ class Peer:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, message: dict[str, Any], descriptors: list[int]) -> None:
         if message["method"] == "cancel":
             if request := self.running.get(message["params"]["id"]):
                 request.is_cancelled.set()
                 self._daemon.cancelled.put(request)
             return
-        request = Request(self, message)
+        request = Request(self, message, descriptors)
         self.running[request.id] = request
         if message["method"] != "hello":
             self._daemon.requests.put(request)
-        self._daemon.spawn(self._daemon.answers[request.method], request)
+        self._daemon.spawn(self._answer, request)
+
+    def _answer(self, request: Request) -> None:
+        try:
+            self._daemon.answers[request.method](request)
+        finally:
+            for descriptor in request.descriptors:
+                os.close(descriptor)
 
 
 class FakeDaemon:
@@ -117,7 +134,7 @@ class FakeDaemon:
 
     # ---- its life
 
-    def start(self) -> FakeDaemon:
+    def start(self) -> Self:
         self.socket_path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.socket_path))
@@ -139,7 +156,7 @@ class FakeDaemon:
             self._listener.close()
         self._listener, self._peers, self._threads = None, [], []
 
-    def __enter__(self) -> FakeDaemon:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -75,6 +75,8 @@ class FakeService:
         "unsendable": Nothing,
         "end_background": Nothing,
     }
+    taking: frozenset[str] = frozenset()
+    is_busy = False
 
     def __init__(self, config: Config, counts: Callable[[], Mapping[str, int]]) -> None:
         self._config = config
@@ -86,7 +88,9 @@ class FakeService:
         config = self._config
         return HelloReply(PROTOCOL_VERSION, "0", str(config.root), config.hub_endpoint, config.private, os.getpid())
 
-    async def call(self, method: str, params: Any, caller: Caller, report: Callable[[Progress], None]) -> Reply:
+    async def call(
+        self, method: str, params: Any, caller: Caller, report: Callable[[Progress], None], descriptors: tuple[int, ...]
+    ) -> Reply:
         reply: Reply = await getattr(self, f"_{method}")(params, caller, report)
         return reply
 

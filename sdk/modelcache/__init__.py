@@ -1,8 +1,12 @@
-"""Models of the Hugging Face Hub from this node's shared cache: a task asks for a repo and gets a path.
+"""Models through this node's shared cache: a task asks for a repo and gets a path, and hands over what it wants kept.
 
     path = modelcache.snapshot_download("org/name")              # huggingface_hub's signature
     file = modelcache.hf_hub_download("org/name", "config.json")
     with modelcache.snapshot("org/name") as path: ...            # the cache may drop it after the block
+
+    reference = modelcache.save("out/model", metadata={...})     # goes on as soon as the bytes are safe on this node
+    path = modelcache.load(reference)                            # on any node; load(reference, "folder") gives private files
+    modelcache.flush()                                           # everything saved is in the store
 
 Nothing is imported before it is used (PEP 562): `import modelcache` costs a bare interpreter well under a millisecond.
 """
@@ -14,22 +18,58 @@ if TYPE_CHECKING:
     from typing import Any, List
 
     from . import errors as errors
+    from .artifacts import CheckpointArtifact as CheckpointArtifact
+    from .artifacts import MetaflowDataArtifactReference as MetaflowDataArtifactReference
+    from .artifacts import ModelArtifact as ModelArtifact
     from .errors import ModelcacheError as ModelcacheError
+    from .flushing import flush as flush
     from .hub import Snapshot as Snapshot
     from .hub import hf_hub_download as hf_hub_download
     from .hub import snapshot as snapshot
     from .hub import snapshot_download as snapshot_download
+    from .loading import load as load
+    from .references import delete as delete
+    from .references import latest as latest
+    from .references import list as list
+    from .saving import save as save
 
+# No module is called like a name in here: importing it would put it in that name's place.
 _HOME = {
     "snapshot_download": "hub",
     "hf_hub_download": "hub",
     "snapshot": "hub",
     "Snapshot": "hub",
+    "save": "saving",
+    "load": "loading",
+    "list": "references",
+    "latest": "references",
+    "delete": "references",
+    "flush": "flushing",
+    "MetaflowDataArtifactReference": "artifacts",
+    "ModelArtifact": "artifacts",
+    "CheckpointArtifact": "artifacts",
     "ModelcacheError": "errors",
     "errors": "",  # a module
 }
 
-__all__ = ["ModelcacheError", "Snapshot", "__version__", "errors", "hf_hub_download", "snapshot", "snapshot_download"]
+__all__ = [
+    "CheckpointArtifact",
+    "MetaflowDataArtifactReference",
+    "ModelArtifact",
+    "ModelcacheError",
+    "Snapshot",
+    "__version__",
+    "delete",
+    "errors",
+    "flush",
+    "hf_hub_download",
+    "latest",
+    "list",
+    "load",
+    "save",
+    "snapshot",
+    "snapshot_download",
+]
 
 
 def __getattr__(name: str) -> "Any":

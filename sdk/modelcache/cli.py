@@ -19,19 +19,25 @@ exit codes:
   0    done
   1    failed
   2    wrong usage
-  3    not found: repo, revision, file, or nothing of it on this node
-  4    not permitted: gated, token refused, or this user may not
+  3    not found: repo, revision, file, key, bucket, or nothing of it on this node
+  4    not permitted: gated, token refused, this user may not, or the store refuses the daemon
   5    no daemon
-  6    no space
-  7    the hub can't be reached
-  8    damaged: verify found some, or the hub's bytes are not what their name says
+  6    no space: on this node, or in the store
+  7    the hub or the store can't be reached
+  8    damaged: verify or gc-store found some, or bytes from the hub or the store are missing or not what their name says
+  9    not all saves are in the store yet
   130  interrupted (Ctrl-C)
   exec ends with the command's own code, 128+N when signal N ended it, 127 when it is not there, 126 when it can't be run
 """
 ENVIRONMENT = """\
 environment: MODELCACHE_SOCKET (the daemon's socket), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, and where huggingface_hub keeps its token
 """
+KEY_HELP = "what save printed, or the URL in its reference"
+STORE_HELP = "file:///path or s3://bucket/prefix, one of those the daemon serves (default: its own)"
 REPO_HELP = "org/name, datasets/org/name or spaces/org/name"
+
+_KINDS = ("model", "checkpoint")
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _Command = Callable[[argparse.Namespace, Show], int]
 
@@ -87,7 +93,7 @@ def _split(words: List[str]) -> Tuple[List[str], List[str]]:
 def _parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="modelcache",
-        description="Models and datasets of the Hugging Face Hub from this node's shared cache",
+        description="Models and datasets of the Hugging Face Hub from this node's shared cache, and what tasks keep in the store",
         epilog=EPILOG + "\n" + ENVIRONMENT,
     )
     top.set_defaults(json=False, quiet=False, socket=None)
@@ -111,11 +117,47 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--force", action="store_true", help="ask the hub now, re-hash what is here, fetch again what fails")
     pull.add_argument("--dry-run", action="store_true", help="list the files and what would be fetched, and fetch nothing")
 
-    listing = add("ls", _ls, "list what is on this node")
-    listing.add_argument("repo", metavar="REPO", nargs="?", help="only this repo, with paths")
+    save = add("save", _save, "keep a folder or a file, and print the key that loads it on any node")
+    save.add_argument("path", metavar="PATH", help="what to keep; it may be changed or removed as soon as the command has ended")
+    save.add_argument("--label", help="a part of a model's key (default: the name of PATH)")
+    save.add_argument("--name", help="a checkpoint's name; ls --store --name finds it again (default: mfchckpt)")
+    save.add_argument("--kind", choices=_KINDS, default=_KINDS[0], help="(default: %(default)s)")
+    save.add_argument("--metadata", metavar="JSON", help="an object that the reference carries")
+    save.add_argument("--format", choices=("files", "tar"), default="files", help="how it lies in the store (default: %(default)s)")
+    save.add_argument("--durable", action="store_true", help="end only when a power cut can't take it either")
+    save.add_argument("--flush", action="store_true", help="end only when the store has it")
+    save.add_argument("--supersede", action="store_true", help="newer checkpoints of this name go to the store before older ones")
+    save.add_argument("--follow-links", action="store_true", help="keep what links that lead out of PATH point to (default: an error)")
+    save.add_argument("--store", metavar="URL", help=STORE_HELP)
 
-    remove = add("rm", _rm, "remove a repo, or one revision of it, from this node")
-    remove.add_argument("repo", metavar="REPO[@REV]", help=REPO_HELP)
+    load = add("load", _load, "bring what was saved, and print the path of its files")
+    load.add_argument("key", metavar="KEY", help=KEY_HELP)
+    load.add_argument("--to", metavar="DIR", help="put private, writable copies into DIR (default: the shared, read-only files)")
+    load.add_argument("--store", metavar="URL", help=STORE_HELP)
+
+    flush = add("flush", _flush, "wait until everything you saved on this node is in the store; what is not is listed")
+    flush.add_argument(
+        "--deadline", metavar="TIME", type=_duration, help="wait so long at most: 25s, 10m, 1h (default: as long as it takes)"
+    )
+
+    collect = add("gc-store", _gc_store, "delete from the store what nothing that was saved needs any more")
+    collect.add_argument("--dry-run", action="store_true", help="list what would be deleted, and delete nothing")
+    collect.add_argument("--alone", action="store_true", help="no other collection runs: say so where the store can't tell")
+    collect.add_argument("--store", metavar="URL", help=STORE_HELP)
+
+    listing = add(
+        "ls", _ls, "list what is on this node, or with --store what was saved", "modelcache ls [options] [REPO | --store [URL] [PREFIX]]"
+    )
+    listing.add_argument("repo", metavar="REPO", nargs="?", help="only this repo, with paths; with --store: only keys that begin so")
+    _add_in_store(listing)
+    listing.add_argument("--kind", choices=_KINDS, help="with --store: only these")
+    listing.add_argument("--name", help="with --store: only checkpoints of this name, and models of this label")
+
+    remove = add(
+        "rm", _rm, "remove a repo from this node, or with --store what was saved", "modelcache rm [options] REPO[@REV] | --store [URL] KEY"
+    )
+    remove.add_argument("repo", metavar="REPO[@REV]", nargs="?", help=REPO_HELP + "; with --store: " + KEY_HELP)
+    _add_in_store(remove)
     remove.add_argument("--revision", metavar="REV", help="the same as @REV (default: all of them)")
     _add_type(remove)
 
@@ -169,6 +211,23 @@ def _add_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-type", choices=("model", "dataset", "space"), help="of REPO, when it does not say (default: model)")
 
 
+def _add_in_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="URL", nargs="?", const="", help="in the store, not on this node: " + STORE_HELP)
+
+
+def _duration(text: str) -> float:
+    """ "90", "500ms", "25s", "10m", "1h" in seconds."""
+    number = text.rstrip("dhms")
+    unit = text[len(number) :] or "s"
+    try:
+        duration = float(number) * _SECONDS[unit]
+    except (KeyError, ValueError):
+        duration = -1
+    if not 0 <= duration < float("inf"):
+        raise argparse.ArgumentTypeError("%r is not a duration: 25s, 10m, 1h" % text)
+    return duration
+
+
 def _end_on_sigterm() -> None:
     """SIGTERM is an ordinary exit: what was begun is undone."""
     import signal
@@ -188,14 +247,44 @@ def _pull(asked: argparse.Namespace, show: Show) -> int:
     return pull(asked, show)
 
 
+def _save(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_save import save
+
+    return save(asked, show)
+
+
+def _load(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_store import load
+
+    return load(asked, show)
+
+
+def _flush(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_store import flush
+
+    return flush(asked, show)
+
+
+def _gc_store(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_store import gc_store
+
+    return gc_store(asked, show)
+
+
 def _ls(asked: argparse.Namespace, show: Show) -> int:
-    from .cli_repos import ls
+    if asked.store is None:
+        from .cli_repos import ls
+    else:
+        from .cli_store import ls
 
     return ls(asked, show)
 
 
 def _rm(asked: argparse.Namespace, show: Show) -> int:
-    from .cli_repos import rm
+    if asked.store is None:
+        from .cli_repos import rm
+    else:
+        from .cli_store import rm
 
     return rm(asked, show)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -56,6 +57,29 @@ def probe(path: str) -> Optional[OSError]:
 
 def client(asked: argparse.Namespace, show: Show) -> Client:
     """For commands that may wait for the daemon, or start one."""
+    at = _expected(asked, show)
+    return _closing(Client(at.path if asked.socket else None))
+
+
+def lead_sdk(asked: argparse.Namespace, show: Show) -> None:
+    """For commands that are the SDK's own functions: they ask the same daemon as `client`, and speak as a command does."""
+    import logging
+
+    from . import progress
+
+    class Warnings(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show.warn(record.getMessage())
+
+    at = _expected(asked, show)
+    if asked.socket:
+        os.environ["MODELCACHE_SOCKET"] = at.path
+    progress.draw_with(show.progress)
+    logging.getLogger("modelcache").addHandler(Warnings())
+
+
+def _expected(asked: argparse.Namespace, show: Show) -> Place:
+    """Where a daemon is, or will be."""
     at = place(asked)
     failure = None if at.may_start else probe(at.path)
     if failure is not None:
@@ -64,7 +88,7 @@ def client(asked: argparse.Namespace, show: Show) -> Client:
         if not is_awaited and not isinstance(failure, ConnectionRefusedError):
             raise refusal(at, failure)
         show.word("no daemon listens at %s, waiting for it" % at.path)
-    return Client(at.path if asked.socket else None)
+    return at
 
 
 def running_client(asked: argparse.Namespace) -> Client:
@@ -73,7 +97,13 @@ def running_client(asked: argparse.Namespace) -> Client:
     failure = probe(at.path)
     if failure is not None:
         raise refusal(at, failure)
-    return Client(at.path)
+    return _closing(Client(at.path))
+
+
+def _closing(made: Client) -> Client:
+    """Ends its connection when the command ends: left to the interpreter's last steps, Python may complain."""
+    atexit.register(made.close)
+    return made
 
 
 def refusal(at: Place, failure: OSError) -> DaemonNotAvailableError:
@@ -115,7 +145,7 @@ def version(show: Show) -> int:
 def _lines(said: Dict[str, Any]) -> List[Tuple[str, str]]:
     disk, hub, fetches, flights = said["disk"], said["hub"], said["fetches"], said["blob_flights"]
     kind = "private daemon" if said["private"] else "daemon"
-    return [
+    lines = [
         (kind, "%s, pid %d, up %s" % (said["version"], said["pid"], seconds(max(0.0, time.time() - said["started"])))),
         ("socket", said["socket"]),
         ("root", said["root"]),
@@ -127,4 +157,20 @@ def _lines(said: Dict[str, Any]) -> List[Tuple[str, str]]:
         ("files", "%d being fetched, %d so far, %d joined another" % (flights["running"], flights["started"], flights["joined"])),
         ("leases", str(said["leases"])),
         ("clients", "%s, %s running" % (count(said["connections"], "connection"), count(said["requests"], "request"))),
+        ("store", said["store"]),
+        ("to store", "%s in %s so far" % (size(said["spool"]["sent_bytes"]), count(said["spool"]["sent_saves"], "save"))),
     ]
+    return lines + _spool_lines(said["spool"])
+
+
+def _spool_lines(spool: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """What is not in the store yet, and why."""
+    waiting = "empty"
+    if spool["saves"]:
+        waiting = "%s, %s, the oldest for %s" % (count(spool["saves"], "save"), size(spool["size_bytes"]), seconds(spool["oldest_seconds"]))
+    lines = [("spool", waiting)]
+    if spool["last_error"]:
+        lines.append(("last error", spool["last_error"]))
+    if spool["corrupt"]:
+        lines.append(("unreadable", "%s in spool/corrupt: %s" % (count(len(spool["corrupt"]), "save"), ", ".join(spool["corrupt"]))))
+    return lines

@@ -20,7 +20,9 @@ _BLOB = re.compile(r"(?P<root>.*)/blobs/sha256/[0-9a-f]{2}/(?P<blob>[0-9a-f]{64}
 _HUGGINGFACE = re.compile(r".*/(?:models|datasets|spaces)--[^/]+/(?:blobs|snapshots|refs|trees)(?:/.*)?")
 _COPY = re.compile(r".*/modelcache-(?P<pid>[0-9]+)-[0-9a-f]{12}(?:/.*)?")
 _BLOB_MTIME = 315_532_800  # seconds: the daemon gives every file of the cache this one
-_GET_YOUR_OWN = "your own files: modelcache pull REPO --to DIR; local_dir=DIR in Python; MODELCACHE_LOADED=private for a whole process"
+_GET_YOUR_OWN = (
+    "your own files: modelcache pull REPO (load KEY) --to DIR; local_dir=DIR in Python; MODELCACHE_LOADED=private for a whole process"
+)
 
 
 class Explained(NamedTuple):

@@ -23,14 +23,11 @@ def pull(asked: argparse.Namespace, show: Show) -> int:
     if asked.dry_run:
         return _plan(connected, wanted, request, show)
     if target is not None:
-        _check_target(target)
+        check_target(target)
     fetched = fetch(connected, wanted, request, show)
     reply = fetched.reply
     if target is not None:
-        show.word("copying %s to %s" % (size(reply.size_bytes), target))
-        foreign = files.copy_tree(reply.path, target)
-        if foreign:
-            show.warn(files.foreign_warning(target, foreign))
+        put(reply.path, reply.size_bytes, target, show)
     document = {**wanted._asdict(), "revision": request.revision, **plain(reply, *NOT_SHOWN)}
     document.update({"path": target or reply.path, "is_private": target is not None})
     show.data(document, [target or reply.path])
@@ -94,7 +91,15 @@ def _plan(connected: Client, wanted: Named, request: Fetch, show: Show) -> int:
     return OK
 
 
-def _check_target(target: str) -> None:
+def put(view: str, size_bytes: int, target: str, show: Show) -> None:
+    """Private, writable copies of a view in the folder `target`."""
+    show.word("copying %s to %s" % (size(size_bytes), target))
+    foreign = files.copy_tree(view, target)
+    if foreign:
+        show.warn(files.foreign_warning(target, foreign))
+
+
+def check_target(target: str) -> None:
     """What can't be written to is said before the download, not after it."""
     existing = target
     while not os.path.lexists(existing):

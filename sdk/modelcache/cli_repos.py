@@ -47,6 +47,8 @@ def named(text: str, asked: argparse.Namespace) -> Named:
 
 
 def ls(asked: argparse.Namespace, show: Show) -> int:
+    if asked.kind or asked.name:
+        raise UsageError("--kind and --name are about what was saved", "modelcache ls --store --kind checkpoint")
     wanted = None if asked.repo is None else named(asked.repo, asked)
     found: List[Dict[str, Any]] = cli_daemon.client(asked, show).call("ls", List_(wanted and wanted.repo_id))["repos"]
     if wanted is not None:
@@ -82,17 +84,19 @@ def _row(entry: Dict[str, Any]) -> List[str]:
         entry["commit"][:8],
         str(entry["files"]),
         size(entry["size_bytes"]),
-        _ago(entry["last_used"]),
+        ago(entry["last_used"]),
         str(entry["leases"]),
     ]
 
 
-def _ago(moment: float) -> str:
+def ago(moment: float) -> str:
     passed = time.time() - moment
     return "%s ago" % seconds(passed) if passed >= 1 else "just now"
 
 
 def rm(asked: argparse.Namespace, show: Show) -> int:
+    if asked.repo is None:
+        raise UsageError("which repo is to be removed is not said", "modelcache rm REPO; modelcache ls lists them")
     wanted = named(asked.repo, asked)
     request = Remove(wanted.repo_id, wanted.repo_type, wanted.revision, tokens.endpoint())
     removed = cli_daemon.client(asked, show).call("rm", request)

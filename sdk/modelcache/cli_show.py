@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from . import progress
     from .protocol import Progress
 
-OK, FAILED, USAGE, NOT_FOUND, NOT_PERMITTED, NO_DAEMON, NO_SPACE, NO_HUB, DAMAGED = range(9)  # explained in cli.EPILOG
+OK, FAILED, USAGE, NOT_FOUND, NOT_PERMITTED, NO_DAEMON, NO_SPACE, AWAY, DAMAGED, PENDING = range(10)  # explained in cli.EPILOG
 CANNOT_RUN, NO_SUCH_COMMAND, BY_SIGNAL = 126, 127, 128
 INTERRUPTED, BROKEN_PIPE, TERMINATED = BY_SIGNAL + 2, BY_SIGNAL + 13, BY_SIGNAL + 15
 
@@ -24,14 +24,25 @@ _CODES = {
     "entry_not_found": NOT_FOUND,
     "local_entry_not_found": NOT_FOUND,
     "incomplete_snapshot": NOT_FOUND,
+    "reference_not_found": NOT_FOUND,
+    "store_missing_bucket": NOT_FOUND,
     "gated_repo": NOT_PERMITTED,
     "token_refused": NOT_PERMITTED,
     "token_not_found": NOT_PERMITTED,
     "not_permitted": NOT_PERMITTED,
+    "store_denied": NOT_PERMITTED,
     "shutting_down": NO_DAEMON,
     "no_space": NO_SPACE,
-    "hub_unavailable": NO_HUB,
+    "store_full": NO_SPACE,
+    "hub_unavailable": AWAY,
+    "store_unavailable": AWAY,
+    "store_slow": AWAY,
     "content_mismatch": DAMAGED,
+    "store_mismatch": DAMAGED,
+    "missing_object": DAMAGED,  # what a reference names
+    "saves_pending": PENDING,
+    "not_saveable": FAILED,
+    "incompatible_reference": FAILED,
     "repo_id_invalid": USAGE,
     "invalid_params": USAGE,
     "endpoint_not_allowed": USAGE,
@@ -216,9 +227,15 @@ def _bar(label: str) -> Any:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
     except ImportError:
         return None
-    words = TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[words]}", markup=False)
+    name = Column(no_wrap=True, min_width=min(len(label), 40))  # long words behind it must not squeeze it away
+    words = (
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(20),
+        TextColumn("{task.fields[words]}", markup=False),
+    )
     bar = Progress(*words, console=Console(stderr=True), transient=True, auto_refresh=False)
     bar.add_task(label, total=None, words="")
     bar.start()

@@ -15,13 +15,13 @@ import os
 import stat
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
 from . import __version__, runtime
 from .connection import Connection, OnProgress, Reply, known_fields
 from .errors import DaemonConnectionError, DaemonNotAvailableError, ModelcacheError, ProtocolError, unavailable
 from .leases import Lease, Leases
-from .protocol import PROTOCOL_VERSION, Fetch, FetchReply, Hello, HelloReply, PlanReply
+from .protocol import PROTOCOL_VERSION, Fetch, FetchReply, Hello, HelloReply, Load, LoadReply, PlanReply
 
 _CONNECT_SECONDS = 30.0
 _HELLO_SECONDS = 5.0  # a daemon that listens gets so long to answer, however little patience there is for one that does not
@@ -30,6 +30,7 @@ _LONGEST_PAUSE_SECONDS = 0.5
 _MAX_LAUNCHES = 2  # a daemon that ends twice before it says hello will do so again
 
 _Result = TypeVar("_Result")
+_Shown = TypeVar("_Shown", bound=Union[FetchReply, LoadReply])
 
 
 class Fetched(NamedTuple):
@@ -37,6 +38,12 @@ class Fetched(NamedTuple):
     lease: Lease  # open: the caller closes it, or keeps the view for the life of the process
     listing: Optional[int]  # a descriptor of the commit's full listing, when asked for; the caller's, to close
     root: str  # the daemon's
+
+
+class Loaded(NamedTuple):
+    reply: LoadReply
+    lease: Lease  # as in Fetched
+    root: str
 
 
 class Client:
@@ -58,7 +65,7 @@ class Client:
 
     def call(self, method: str, params: Any = None, on_progress: Optional[OnProgress] = None) -> Dict[str, Any]:
         """One request; `params` is a NamedTuple of `protocol` or None. Descriptors in the reply are closed."""
-        reply = self._request(method, _fields(params), on_progress)
+        reply = self._request(method, fields_of(params), on_progress)
         for descriptor in reply.descriptors:
             os.close(descriptor)
         return reply.result
@@ -68,16 +75,16 @@ class Client:
 
     def fetch(self, request: Fetch, on_progress: Optional[OnProgress] = None) -> Fetched:
         """Fetches and takes the lease. `request.held` is filled in here."""
+        reply, lease, others, root = self._leased("fetch", request, FetchReply, int(request.listing), on_progress)
+        return Fetched(reply, lease, others[0] if others else None, root)
 
-        def attempt(connection: Connection, hello: HelloReply) -> Fetched:
-            held = self.leases.hold(hello.root)
-            try:
-                asked = request._replace(held=[lease.tree for lease in held])
-                return self._take(connection.request("fetch", _fields(asked), on_progress), hello.root, request.listing)
-            finally:
-                for lease in held:
-                    lease.close()
+    def load(self, request: Load, on_progress: Optional[OnProgress] = None) -> Loaded:
+        """Loads what was saved and takes the lease. `request.held` is filled in here."""
+        reply, lease, _, root = self._leased("load", request, LoadReply, 0, on_progress)
+        return Loaded(reply, lease, root)
 
+    def session(self, attempt: Callable[[Connection, HelloReply], _Result]) -> _Result:
+        """Several requests that belong together, on one connection. When it breaks, all of them again: `attempt` is repeatable."""
         return self._mending(attempt)
 
     def close(self) -> None:
@@ -90,16 +97,34 @@ class Client:
     def _request(self, method: str, params: Dict[str, Any], on_progress: Optional[OnProgress]) -> Reply:
         return self._mending(lambda connection, _: connection.request(method, params, on_progress))
 
-    def _take(self, reply: Reply, root: str, wants_listing: bool) -> Fetched:
+    def _leased(
+        self, method: str, request: Any, kind: Type[_Shown], others: int, on_progress: Optional[OnProgress]
+    ) -> Tuple[_Shown, Lease, List[int], str]:
+        """The reply, the lease, so many other descriptors, the daemon's root."""
+
+        def attempt(connection: Connection, hello: HelloReply) -> Tuple[_Shown, Lease, List[int], str]:
+            held = self.leases.hold(hello.root)
+            try:
+                params = fields_of(request._replace(held=[lease.tree for lease in held]))
+                reply = connection.request(method, params, on_progress)
+                return (*self._take(reply, hello.root, kind, others), hello.root)
+            finally:
+                for lease in held:
+                    lease.close()
+
+        return self._mending(attempt)
+
+    def _take(self, reply: Reply, root: str, kind: Type[_Shown], others: int) -> Tuple[_Shown, Lease, List[int]]:
         descriptors = reply.descriptors
         try:
-            fields = known_fields(FetchReply, reply.result)
-            if len(descriptors) != int(fields.leased) + int(wants_listing):
+            fields = known_fields(kind, reply.result)
+            if len(descriptors) != int(fields.leased) + others:
                 raise ProtocolError("the daemon passed %d descriptors with a path" % len(descriptors))
             lease = self.leases.adopt(root, fields.tree, descriptors.pop(0) if fields.leased else None)
             if lease is None:
                 raise ProtocolError("the daemon passed no lease on %s, and none is held" % fields.tree)
-            return Fetched(fields, lease, descriptors.pop() if wants_listing else None, root)
+            passed, descriptors = descriptors, []
+            return fields, lease, passed
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -226,7 +251,7 @@ def _dial(path: str, deadline: float) -> Tuple[Connection, HelloReply]:
         sock.close()
         raise
     try:
-        params = _fields(Hello(PROTOCOL_VERSION, "modelcache/" + __version__))
+        params = fields_of(Hello(PROTOCOL_VERSION, "modelcache/" + __version__))
         return connection, known_fields(HelloReply, connection.request("hello", params, deadline=deadline).result)
     except BaseException:
         connection.close()
@@ -245,7 +270,7 @@ def _launch() -> bool:
     return launcher.launch()
 
 
-def _fields(params: Any) -> Dict[str, Any]:
+def fields_of(params: Any) -> Dict[str, Any]:
     """What differs from the defaults: an older daemon need not know fields that are not used."""
     if params is None:
         return {}

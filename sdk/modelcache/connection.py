@@ -78,24 +78,27 @@ class Connection:
         Raises what the daemon answered (`errors.from_wire`), DaemonConnectionError when the connection breaks, ProtocolError.
         A caller that leaves in any other way has its request cancelled.
         """
+        call = self.start(method, params, descriptors)
+        assert call is not None  # it waited for its turn
+        return call.wait(on_progress, deadline)
+
+    def start(self, method: str, params: Dict[str, Any], descriptors: Iterable[int] = (), is_patient: bool = True) -> Optional[Call]:
+        """Sends one request; its reply is the returned call's to wait for. `descriptors` are passed along and stay the caller's.
+
+        A caller who has started others must not be patient: None says that the connection carries all it can, and that one of
+        the caller's own has to be waited for first. (Patient ones could wait for each other.)
+        """
         inbox: _Inbox = deque()
-        call = self._enter(inbox)
-        is_answered = False
+        number = self._enter(inbox, is_patient)
+        if not number:
+            return None
         try:
-            self._send({"jsonrpc": "2.0", "id": call, "method": method, "params": params}, list(descriptors))
-            while True:
-                message, received = self._next(call, inbox, deadline)
-                if "method" not in message:
-                    is_answered = True
-                    return _outcome(message, received)
-                if on_progress is not None:
-                    on_progress(known_fields(Progress, message["params"]))
+            self._send({"jsonrpc": "2.0", "id": number, "method": method, "params": params}, list(descriptors))
         except BaseException:
-            if not is_answered:
-                self._cancel(call)
+            self._cancel(number)
+            self._leave(number, inbox)
             raise
-        finally:
-            self._leave(call, inbox)
+        return Call(self, number, inbox)
 
     def close(self) -> None:
         """Ends the connection; callers that wait get a DaemonConnectionError. Idempotent."""
@@ -111,9 +114,11 @@ class Connection:
 
     # ---- callers
 
-    def _enter(self, inbox: _Inbox) -> int:
+    def _enter(self, inbox: _Inbox, is_patient: bool) -> int:
         with self._condition:
             while len(self._calls) >= MAX_REQUESTS and self._broken is None:
+                if not is_patient:
+                    return 0
                 self._condition.wait()
             self._raise_if_broken()
             self._last_id += 1
@@ -271,6 +276,38 @@ class Connection:
 
     def __repr__(self) -> str:
         return "<Connection calls=%d%s>" % (len(self._calls), " broken" if self._broken else "")
+
+
+class Call:
+    """A request that was sent. Its reply is waited for once, or it is abandoned; either way by one thread."""
+
+    def __init__(self, connection: Connection, number: int, inbox: _Inbox) -> None:
+        self._connection = connection
+        self._number = number
+        self._inbox = inbox
+
+    def wait(self, on_progress: Optional[OnProgress] = None, deadline: Optional[float] = None) -> Reply:
+        """As `Connection.request`, from the sending on."""
+        is_answered = False
+        try:
+            while True:
+                message, received = self._connection._next(self._number, self._inbox, deadline)
+                if "method" not in message:
+                    is_answered = True
+                    return _outcome(message, received)
+                if on_progress is not None:
+                    on_progress(known_fields(Progress, message["params"]))
+        except BaseException:
+            if not is_answered:
+                self._connection._cancel(self._number)
+            raise
+        finally:
+            self._connection._leave(self._number, self._inbox)
+
+    def abandon(self) -> None:
+        """The caller leaves without the reply; the daemon is told."""
+        self._connection._cancel(self._number)
+        self._connection._leave(self._number, self._inbox)
 
 
 def known_fields(kind: Type[_Fields], values: Dict[str, Any]) -> _Fields:

@@ -5,15 +5,19 @@ What is shown is this caller's share of what the node does, so a caller who join
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from typing import Any, Optional
+from typing import Any, Callable, ContextManager, Iterator, Optional
 
 from .protocol import Progress
 
+OnProgress = Callable[[Progress], None]
+
 _REDRAW_SECONDS = 0.1
 _SHOWN_AFTER_SECONDS = 0.2  # what is over sooner is not worth a line
+_draw: Optional[Callable[[str], ContextManager[Optional[OnProgress]]]] = None
 
 
 class Reporter:
@@ -88,6 +92,29 @@ class Line(Reporter):
         self._is_shown = True
 
 
+def draw_with(draw: Callable[[str], ContextManager[Optional[OnProgress]]]) -> None:
+    """From now on `shown` is what `draw` makes of a label: the command line has bars of its own."""
+    global _draw
+    _draw = draw
+
+
+@contextlib.contextmanager
+def shown(label: str, tqdm_class: Optional[Any] = None) -> Iterator[Optional[OnProgress]]:
+    """A reporter while the block runs; it tells how the block ended."""
+    if _draw is not None and tqdm_class is None:
+        with _draw(label) as drawn:
+            yield drawn
+        return
+    made = reporter(label, tqdm_class)
+    is_done = False
+    try:
+        yield made
+        is_done = True
+    finally:
+        if made is not None:
+            made.close(is_done)
+
+
 def one_line(label: str, progress: Progress) -> str:
     """ "org/name: 45 %  1.2 GB of 2.7 GB  85.3 MB/s  from hub  12 of 20 files  3 wait"."""
     words = ["%s:" % label]
@@ -98,7 +125,7 @@ def one_line(label: str, progress: Progress) -> str:
     if progress.rate:
         words.append("%s/s" % size(progress.rate))
     if progress.total_files:
-        words.append("%d of %d files" % (progress.done_files, progress.total_files))
+        words.append("%d of %d %s" % (progress.done_files, progress.total_files, "saves" if _is_upload(progress) else "files"))
     words.append(note(progress))
     return "  ".join(word for word in words if word)
 
@@ -107,12 +134,17 @@ def note(progress: Progress) -> str:
     """What is going on, in words: the phase unless it is the download itself, the source, who else waits, why it pauses."""
     words = [] if progress.phase == "download" else [progress.phase]
     if progress.source:
-        words.append("from %s" % progress.source)
+        words.append("%s %s" % ("to" if _is_upload(progress) else "from", progress.source))
     if progress.waiters > 1:
         words.append("%d wait for it" % progress.waiters)
     if progress.message:
         words.append(progress.message)
     return "  ".join(words)
+
+
+def _is_upload(progress: Progress) -> bool:
+    """It counts saves, not files."""
+    return progress.phase.partition(":")[0] == "upload"
 
 
 def size(size_bytes: float) -> str:

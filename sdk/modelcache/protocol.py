@@ -17,7 +17,7 @@ types and missing fields are `invalid_params`. Fields are only ever appended, wi
 """
 
 # No `from __future__ import annotations`: NamedTuple would compile each one on its own, 2 ms of every import.
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 20  # a line, its newline included; longer ones close the connection
@@ -49,6 +49,22 @@ ERROR_CODES: Dict[str, int] = {
     "in_use": -32016,
     "storage": -32017,
     "token_refused": -32018,
+    "file_changed": -32019,
+    "reference_not_found": -32020,
+    "incompatible_reference": -32021,
+    "store_unavailable": -32022,
+    "store_denied": -32023,
+    "store_not_allowed": -32024,
+    "save_unknown": -32025,
+    "store_problem": -32040,
+    "store_missing_bucket": -32041,
+    "store_clock_skew": -32042,
+    "store_full": -32043,
+    "store_mismatch": -32044,
+    "store_slow": -32045,
+    "missing_object": -32046,
+    "object_exists": -32047,
+    "object_changed": -32048,
 }
 
 
@@ -177,3 +193,136 @@ class VerifyReply(NamedTuple):
 
 class Status(NamedTuple):
     """The daemon at a glance (method `status`). Reply: an object of plain values, documented in docs/api.md."""
+
+
+class SaveOpen(NamedTuple):
+    """Begins a save (method `save_open`). Reply: SaveOpened, with one descriptor: the save is dropped when its last copy is closed."""
+
+    reference: Dict[str, Any]  # what `save` returns, as far as the client knows it; `key` and `type` at least
+    files: int
+    size_bytes: int
+    storage_format: str = "files"  # "files" or "tar"
+    durable: bool = False  # survives a power cut before `save_close` answers
+    supersede: bool = False  # newer saves of the same name are sent to the store first
+    store: Optional[str] = None  # None: the daemon's
+
+
+class SaveOpened(NamedTuple):
+    save: str  # names the save in the messages below
+
+
+class SaveFiles(NamedTuple):
+    """Hands over files, one descriptor each, read-only (method `save_files`). Reply: SaveFilesReply, when they are captured.
+
+    A path that was handed over before, here or in a pack, is replaced.
+    """
+
+    save: str
+    files: List[Tuple[str, int, bool]]  # path, size in bytes, executable
+
+
+class SaveFilesReply(NamedTuple):
+    changed: List[int]  # which of them changed while they were copied: to be sent again
+
+
+class SavePack(NamedTuple):
+    """Hands over small files in one descriptor that holds them one after another (method `save_pack`). Reply: SaveFilesReply."""
+
+    save: str
+    files: List[Tuple[str, int, bool]]  # in the order of their bytes
+
+
+class SaveLinks(NamedTuple):
+    """Hands over links and empty folders that are too many for `SaveClose` (method `save_links`). Reply: {}."""
+
+    save: str
+    links: List[Tuple[str, str]] = []  # path, relative target
+    folders: List[str] = []
+
+
+class SaveClose(NamedTuple):
+    """Ends a save: from here on it is kept (method `save_close`). Reply: SaveClosed. With `drop`, it is forgotten instead."""
+
+    save: str
+    links: List[Tuple[str, str]] = []  # path, relative target
+    folders: List[str] = []  # empty ones
+    drop: bool = False
+
+
+class SaveClosed(NamedTuple):
+    reference: Dict[str, Any]  # complete
+
+
+class Load(NamedTuple):
+    """Asks for what was saved (method `load`). Reply: LoadReply, with the lease as in FetchReply."""
+
+    key: str
+    store: Optional[str] = None
+    held: List[str] = []
+    purpose: str = ""
+
+
+class LoadReply(NamedTuple):
+    path: str
+    device: int
+    inode: int
+    tree: str
+    files: int
+    size_bytes: int
+    store_bytes: int  # that came from the store while this caller waited
+    seconds: float
+    leased: bool
+    reference: Dict[str, Any]
+    warnings: List[str] = []
+
+
+class References(NamedTuple):
+    """What was saved, newest first (method `references`). Reply: {"references": [...], "pending": [their keys]}.
+
+    Pending are those of the caller, saved on this node, that the store has not confirmed.
+    """
+
+    prefix: str = ""  # of the key
+    type: Optional[str] = None  # "model" or "checkpoint"
+    name: Optional[str] = None  # a model's label, a checkpoint's name
+    store: Optional[str] = None
+    limit: int = 10_000
+
+
+class DeleteReference(NamedTuple):
+    """Takes a reference out of the store; its blobs go with the next garbage collection (method `delete`). Reply: {}."""
+
+    key: str
+    store: Optional[str] = None
+
+
+class Flush(NamedTuple):
+    """Waits until saves are in the store (method `flush`), with progress. Reply: FlushReply."""
+
+    keys: Optional[List[str]] = None  # None: everything of this uid
+    deadline_seconds: Optional[float] = None
+
+
+class FlushReply(NamedTuple):
+    pending: List[str]  # keys that are not in the store yet: the deadline passed
+    error: str = ""  # the last one
+
+
+class GcStore(NamedTuple):
+    """Takes out of the store what nothing in it names any more (method `gc_store`), with progress. Reply: GcStoreReply. Owners only."""
+
+    dry_run: bool = False
+    alone: bool = False  # the caller knows that no other collection runs: some stores can't tell
+    store: Optional[str] = None
+
+
+class GcStoreReply(NamedTuple):
+    """By kind ("blobs", "trees", "repos", "pending", and kept "references"): {"objects": n, "bytes": n}."""
+
+    dry_run: bool
+    deleted: Dict[str, Dict[str, int]]  # with `dry_run`, what would be
+    kept: Dict[str, Dict[str, int]]
+    orphans: int  # uploads that broke off, and temporary files, that were removed
+    findings: List[Dict[str, str]]  # "key" of a reference and the "problem" it has
+    keys: List[str]  # with `dry_run`, what would be deleted; at most 100,000
+    seconds: float

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Dict, List, Tuple
+from typing import Dict, List, Tuple, Union
 
 from .errors import NotPermittedError, ViewNotVisibleError
-from .protocol import FetchReply
+from .protocol import FetchReply, LoadReply
+
+Shown = Union[FetchReply, LoadReply]  # both say where a view is
 
 _lock = threading.Lock()
 _copies: Dict[Tuple[int, str, str], str] = {}  # (pid, root, tree) to the copy that stays until this process ends
@@ -23,7 +25,7 @@ _can_clone: Dict[Tuple[int, str], bool] = {}  # (device of the view, temp folder
 _has_warned = False
 
 
-def check_visible(reply: FetchReply, root: str) -> None:
+def check_visible(reply: Shown, root: str) -> None:
     """That the path in a reply is, here, the folder the daemon means, and may be read."""
     try:
         found = os.stat(reply.path)
@@ -45,12 +47,12 @@ def wants_private() -> bool:
     return mode == "private"
 
 
-def is_protected(reply: FetchReply) -> bool:
+def is_protected(reply: Shown) -> bool:
     """Whether the kernel keeps this process from writing through the view. False for root without a read-only mount."""
     return os.geteuid() != 0 or bool(os.statvfs(reply.path).f_flag & os.ST_RDONLY)
 
 
-def gets_copy(reply: FetchReply) -> bool:
+def gets_copy(reply: Shown) -> bool:
     """Whether this caller gets private files although it did not name a place for them. May warn, once a process."""
     if wants_private():
         return True
@@ -62,7 +64,7 @@ def gets_copy(reply: FetchReply) -> bool:
     return False
 
 
-def kept_copy(reply: FetchReply, root: str) -> str:
+def kept_copy(reply: Shown, root: str) -> str:
     """A private copy of the view that stays until the process ends; the same one each time."""
     key = (os.getpid(), root, reply.tree)
     with _lock:
@@ -129,7 +131,10 @@ def _warn_root(path: str) -> None:
     global _has_warned
     if not _has_warned:
         _has_warned = True
-        warn("root can write through the shared files of %s, and must not: `local_dir=` or MODELCACHE_LOADED=private give your own" % path)
+        warn(
+            "root can write through the shared files of %s, and must not: name a folder to put them into, or set MODELCACHE_LOADED=private"
+            % path
+        )
 
 
 def warn(message: str) -> None:
