@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Debian packages that tests need beside Python; installed by root only, and only when missing.
-DEBIAN_PACKAGES := acl fuse3 mount openssl xfsprogs
+DEBIAN_PACKAGES := acl e2fsprogs fuse3 mount openssl strace xfsprogs
 # For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
 PYTEST_ARGS ?=
 export PYTHON
@@ -51,8 +51,14 @@ test: $(INSTALLED) packages ## everything but the soak tests
 soak: $(VENV)/trainers packages ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak --timeout 900 $(PYTEST_ARGS) || [ $$? = 5 ]
 
-bench: $(INSTALLED) ## ours against the peers, side by side
+# Root also measures reflinks, on a filesystem that it makes and mounts.
+bench: $(VENV)/bench packages ## ours against the peers, side by side
 	$(BIN)/python -m benchmarks.run
+
+$(VENV)/bench: $(INSTALLED)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], sep="\n")' > $@.txt
+	@$(BIN)/python -m pip install --quiet --requirement $@.txt
+	@touch $@
 
 lowest: $(VENV)-lowest/installed packages ## the quick tests with the lowest versions that pyproject.toml allows
 	$(VENV)-lowest/bin/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
@@ -63,6 +69,6 @@ $(VENV)-lowest/installed: $(INSTALLED) .ci/lowest
 	@touch $@
 
 clean: ## removes what the other targets made
-	rm -rf $(VENV) $(VENV)-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-peer build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +

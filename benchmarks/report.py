@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,17 @@ class Row:
 
     def cells(self) -> list[str]:
         goals = [f"≤ {self.most:g} {self.unit}".strip()] if self.most is not None else []
-        goals += [f"≤ {self.most_ratio:g}x"] if self.most_ratio is not None else []
+        goals += [f"≤ {self.most_ratio:.3g}x"] if self.most_ratio is not None else []
         peer = _spread(self.peer, self.unit, self.digits) + (f" {self.peer_is}" if self.peer_is else "")
         mark = {True: "yes", False: "**no**", None: ""}[self.is_met]
         return [self.what, _spread(self.ours, self.unit, self.digits), peer, _spread(self.ratios, "x", 2), ", ".join(goals), mark]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "is_met": self.is_met}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Row:
+        return cls(**{each.name: said[each.name] for each in fields(cls) if each.init})
 
 
 def table(rows: Sequence[Row]) -> str:

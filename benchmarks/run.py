@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: every benchmark, then benchmarks/results.json and the table in README.md. `--rounds N` for more or fewer.
+"""`python -m benchmarks.run`: every benchmark, then benchmarks/results.json and the tables in README.md. `--rounds N` for more or fewer.
 
 A missing peer is an error. Goals that are missed are shown, and are none: how fast a machine is proves nothing about the code.
 """
@@ -14,53 +14,96 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from modelcached import __version__
 
-from . import fetch
+from . import fetch, save
+from .peers import MissingPeer
 from .processes import ROOT
-from .report import table, write_into
+from .report import Row, table, write_into
 
 RESULTS = Path(__file__).with_name("results.json")
+WHOLE = ("fetch", "save")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=fetch.ROUNDS, help="of the cold downloads (%(default)s)")
+    parser.add_argument("--rounds", type=int, help=f"of what takes long (fetch: {fetch.ROUNDS}, save: {save.ROUNDS})")
+    parser.add_argument("--only", choices=[*WHOLE, *save.PARTS], help="one benchmark; of a part of `save` nothing is written down")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
-    if importlib.util.find_spec("huggingface_hub") is None:
-        print("error: huggingface_hub, the peer, is not installed\nhint: pip install 'modelcached[daemon]'", file=sys.stderr)
+    try:
+        found = _measure(options.only, options.rounds)
+    except MissingPeer as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    load = os.getloadavg()[0]
-    rows, facts = fetch.measure(options.rounds)
-    facts = {
+    print(_text(found))
+    if not options.dry and options.only not in save.PARTS:
+        everything = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **found}
+        RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
+        if not write_into(ROOT / "README.md", _text(everything)):
+            print("README.md has no place for the tables", file=sys.stderr)
+    return 0
+
+
+def _measure(only: str | None, rounds: int | None) -> dict[str, dict[str, Any]]:
+    """Facts and rows of each benchmark, as results.json keeps them."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingPeer("huggingface_hub is not installed: pip install 'modelcached[daemon]'")
+    found = {}
+    if only in (None, "fetch"):
+        found["fetch"] = _facts()
+        rows, facts = fetch.measure(rounds or fetch.ROUNDS)
+        found["fetch"] |= {**facts, "rows": [row.to_json() for row in rows]}
+    if only != "fetch":
+        found["save"] = _facts()
+        rows, facts = save.measure(rounds or save.ROUNDS, only if only in save.PARTS else "")
+        found["save"] |= {**facts, "rows": [row.to_json() for row in rows]}
+    return found
+
+
+def _facts() -> dict[str, Any]:
+    """Of now: it is asked before the benchmark runs."""
+    return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "modelcached": __version__,
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(load, 1),
-        **facts,
+        "load_before": round(os.getloadavg()[0], 1),
     }
-    text = f"{table(rows)}\n\n{_note(facts)}"
-    print(text)
-    if not options.dry:
-        RESULTS.write_text(json.dumps({**facts, "fetch": [row.to_json() for row in rows]}, indent=1) + "\n")
-        if not write_into(ROOT / "README.md", text):
-            print("README.md has no place for the table", file=sys.stderr)
-    return 0
 
 
-def _note(facts: dict[str, object]) -> str:
+def _text(found: dict[str, dict[str, Any]]) -> str:
+    notes = {"fetch": _fetch_note, "save": _save_note}
+    shown = [(found[name], notes[name]) for name in WHOLE if name in found]
+    return "\n\n".join(f"{table([Row.from_json(row) for row in facts['rows']])}\n\n{note(facts)}" for facts, note in shown)
+
+
+def _fetch_note(facts: dict[str, Any]) -> str:
     return (
-        f"Median (least–most), {facts['rounds']} rounds of the cold ones, ours and the peer's in turns, on {facts['cores']} shared cores "
-        f"(load {facts['load_before']} before it began); Python {facts['python']}, commit {facts['commit']}. "
-        f"The peer is huggingface_hub {facts['huggingface_hub']} over HTTP, "
+        f"{_how(facts)} The peer is huggingface_hub {facts['huggingface_hub']} over HTTP, "
         "which neither checks nor syncs what it downloads. 1 GB in 4 files and 20 small ones, from a local hub that gives "
         f"plain sockets {facts['hub_gigabytes_a_second']} GB/s, onto a disk that takes {facts['disk_gigabytes_a_second']} GB/s. "
         "`make bench` measures your machine."
+    )
+
+
+def _save_note(facts: dict[str, Any]) -> str:
+    return (
+        f"{_how(facts)} Peers: cp, metaflow-checkpoint {facts['metaflow-checkpoint']}, s5cmd {facts['s5cmd']}; the S3 server is SeaweedFS "
+        f"{facts['seaweedfs']} on the same cores. Sources and the server's files lie in the page cache, and the disk has nothing left to "
+        "write when something begins. Ours hashes and syncs what it keeps, and verifies what it brings; no peer does. "
+        "While the training loop is measured, the server gets only what nobody else wants of the cores."
+    )
+
+
+def _how(facts: dict[str, Any]) -> str:
+    return (
+        f"Median (least–most), {facts['rounds']} rounds of what takes long, ours and the peer's in turns, on {facts['cores']} shared cores "
+        f"(load {facts['load_before']} before it began); Python {facts['python']}, commit {facts['commit']}."
     )
 
 
