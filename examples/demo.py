@@ -1,6 +1,7 @@
-"""`make demo`: a hub, a daemon and some tasks on this machine, without a network. Every claim it prints is checked; exit 1 if one is false.
+"""`make demo`: a hub, an S3 server, two nodes and some tasks on this machine, without a network. Every claim it prints is checked; exit 1
+if one is false.
 
-The figures come from the hub's own log and from the daemon's status; the content is new in every run.
+The figures come from the hub's own log and from the daemons' status; the content is new in every run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.daemon import Daemon
 from tests.hub import Hub, Random
+from tests.saves import contents, hashes, in_bucket, until
+from tests.seaweed import SeaweedFS
 
 from .checked import Claims, Task
 
@@ -33,7 +37,10 @@ def main() -> int:
     claims = Claims()
     with tempfile.TemporaryDirectory(prefix="modelcached-demo-") as name:
         os.chmod(name, 0o755)
-        with Hub.start(name) as hub, Daemon.start(Path(name) / "root", hub, log_level="warning") as daemon:
+        with Hub.start(name) as hub, SeaweedFS.start(name) as s3, ExitStack() as nodes:
+            os.environ.update(s3.environment())
+            store = s3.bucket()
+            daemon = nodes.enter_context(Daemon.start(Path(name) / "root", hub, log_level="warning", store=store))
             large = {f"model-{i}-of-4.safetensors": Random(f"{name} {i}", 64_000_000) for i in range(1, 5)}
             small = {f"tokenizer/{i}.json": Random(f"{name} small {i}", 1000 * i) for i in range(1, 12)}
             model = {"config.json": Random(f"{name} config", 700), **large, **small}
@@ -45,8 +52,13 @@ def main() -> int:
             print(f"A daemon, pid {daemon.pid}: modelcached serve --root {daemon.root} --socket {daemon.socket}")
             view, seconds = _eight_tasks(claims, hub, daemon, model)
             _warm(claims, hub, daemon, seconds)
+            until(lambda: daemon.status()["exchange"]["shared"] > 0)
+            claims.claim(f"meanwhile the daemon has brought the repo to {store}, for other nodes", _has_large(s3, store, large))
             _killed(claims, hub, daemon, second)
             _where(claims, daemon, view, model)
+            checkpoint = _save(claims, s3, store, daemon, Path(name))
+            other = nodes.enter_context(Daemon.start(Path(name) / "other" / "root", hub, log_level="warning", store=store))
+            _other_node(claims, hub, other, model, *checkpoint)
             _mistake(claims, daemon)
     true = claims.checked - len(claims.false)
     print(f"\n{true} of {claims.checked} claims are true, after {time.monotonic() - began:.0f} s; {name} is gone.")
@@ -94,6 +106,11 @@ def _warm(claims: Claims, hub: Hub, daemon: Daemon, download_seconds: float) -> 
     claims.claim(f"the hub was asked {requests} times", requests == 0)
 
 
+def _has_large(s3: SeaweedFS, store: str, large: Mapping[str, Random]) -> bool:
+    keys = {key.rpartition("/")[2] for key in in_bucket(s3, store)[0]}
+    return set(hashes(large).values()) <= keys
+
+
 def _killed(claims: Claims, hub: Hub, daemon: Daemon, second: Mapping[str, Random]) -> None:
     size = sum(map(len, second.values()))
     print(f"\n3. kill -9 of the daemon in the middle of {SECOND} ({_megabytes(second)}, the hub slowed to {SLOW / MB:.0f} MB/s)")
@@ -128,8 +145,47 @@ def _where(claims: Claims, daemon: Daemon, view: Path, model: Mapping[str, Rando
     )
 
 
+def _save(claims: Claims, s3: SeaweedFS, store: str, daemon: Daemon, folder: Path) -> tuple[str, Mapping[str, Random]]:
+    """The checkpoint's key, and what is in it."""
+    checkpoint = {f"step-100/{part}.bin": Random(f"{folder} {part}", 64_000_000) for part in ("model", "optimizer")}
+    checkpoint |= {f"step-100/state-{i}.json": Random(f"{folder} state {i}", 5000) for i in range(20)}
+    for path, content in checkpoint.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(bytes(content))
+    files = {path.removeprefix("step-100/"): content for path, content in checkpoint.items()}
+    print(f"\n5. A training step saves a checkpoint ({_megabytes(files)}), and the daemon is killed as soon as the step goes on")
+    task = f"import modelcache, time; t = time.monotonic(); r = modelcache.save({str(folder / 'step-100')!r}, label='demo'); "
+    task += "print(r['key'], time.monotonic() - t)"
+    saved = subprocess.run([sys.executable, "-c", task], env=daemon.environment, capture_output=True, text=True)
+    daemon.kill()
+    key, _, seconds = saved.stdout.strip().partition(" ")
+    claims.claim(f"modelcache.save returned after {float(seconds or 0):.2f} s: {key}", saved.returncode == 0)
+    daemon.restart()
+    flushed = _cli(daemon, "flush")
+    claims.claim(
+        f"after kill -9 and a restart `modelcache flush` says that {store} has it, and S3's own client reads every byte of it there",
+        flushed.returncode == 0 and contents(*in_bucket(s3, store))[key] == hashes(files),
+    )
+    return key, files
+
+
+def _other_node(claims: Claims, hub: Hub, other: Daemon, model: Mapping[str, Random], key: str, files: Mapping[str, Random]) -> None:
+    print("\n6. A second node, with nothing on its disk and the same store")
+    hub.reset_log()
+    loaded = _cli(other, "load", key)
+    claims.claim(
+        "`modelcache load` gives the checkpoint, byte for byte",
+        loaded.returncode == 0 and _is_sound(Path(loaded.stdout.strip()), files),
+    )
+    pulled = _cli(other, "pull", REPO)
+    claims.claim(
+        f"`modelcache pull {REPO}` took 0 bytes from the hub: the first node had left them in the store",
+        pulled.returncode == 0 and hub.bytes_sent() == 0 and _is_sound(Path(pulled.stdout.strip()), model),
+    )
+
+
 def _mistake(claims: Claims, daemon: Daemon) -> None:
-    print(f"\n5. A mistake: modelcache pull {UNKNOWN}")
+    print(f"\n7. A mistake: modelcache pull {UNKNOWN}")
     pulled = _cli(daemon, "pull", UNKNOWN)
     _show(pulled.stderr)
     claims.claim(f"exit code {pulled.returncode} (not found), and a hint", pulled.returncode == 3 and "\nhint: " in pulled.stderr)
