@@ -94,7 +94,8 @@ def test_twenty_thousand_small_files(tmp_path: Path, storage_format: str) -> Non
     with Daemon.start(tmp_path / "root", store=store, min_free="0") as daemon, Client.of(daemon) as task:
         task.begin("save", path=str(out), storage_format=storage_format)
         reference = task.good(120).value
-        assert (reference["files"], reference["size"]) == (len(tree), sum(map(len, tree.values())))
+        assert reference["files"] == len(tree)
+        assert reference["size"] == sum(map(len, tree.values())) or storage_format == "tar"  # then it is the tar's
         task.begin("flush", deadline=300)
         task.good(300)
     with Daemon.start(tmp_path / "fresh", store=store, min_free="0") as daemon, Client.of(daemon) as task:
