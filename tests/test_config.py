@@ -93,6 +93,9 @@ def test_values_as_text(field: str, text: str, value: object) -> None:
         ("hub_endpoint", "https://[::1"),
         ("hub_endpoint", "https://host/?token=x"),
         ("hub_endpoints", "https://ok,host"),
+        ("store", "gs://bucket"),
+        ("store", "s3:///prefix"),
+        ("stores", "file:///ok,s3://key:secret@bucket"),
         ("hub_range", "64KiB"),  # less than hub_piece
     ],
 )

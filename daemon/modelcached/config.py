@@ -342,6 +342,10 @@ def _read_urls(raw: list[str] | str) -> tuple[str, ...]:
 def _read_store(raw: str) -> str:
     if raw and not raw.startswith(("file:///", "s3://")):
         raise ValueError(f"{raw.partition('://')[0]!r} is no kind of store")
+    if "@" in raw:
+        raise ValueError("a store's address holds no credentials")  # without showing it
+    if raw.startswith("s3://") and not urlsplit(raw).netloc:
+        raise ValueError(f"{raw!r} names no bucket")
     return raw.rstrip("/")
 
 

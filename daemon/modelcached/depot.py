@@ -35,15 +35,20 @@ class Depot:
         self._half_grace_seconds = grace_seconds / 2
         self._rounds: dict[str, Rounds] = {}  # by store
 
-    async def bring(self, store: Store, name: TreeId, tree: Tree, put_file: PutFile, is_tar: bool = False) -> Record:
-        """The tree's record, once it and everything it names is in the store. With `is_tar` all files are in one pack."""
-        record = Record(tree, await self._put_blobs(store, tree, put_file, is_tar))
+    async def bring(
+        self, store: Store, name: TreeId, tree: Tree, put_file: PutFile, is_tar: bool = False, doubts: bool = False
+    ) -> Record:
+        """The tree's record, once it and everything it names is in the store.
+
+        With `is_tar` all files are in one pack; with `doubts` packs are put again that are there: somebody has read wrong bytes.
+        """
+        record = Record(tree, await self._put_blobs(store, tree, put_file, is_tar, doubts))
         await store.put(tree_key(name), await self._pool.run(encode_record, *record))
         await self._rounds.setdefault(store.url, Rounds(store)).passed()
         await self._put_again_if_old(store, name, record, put_file)
         return record
 
-    async def _put_blobs(self, store: Store, tree: Tree, put_file: PutFile, is_tar: bool) -> tuple[Pack, ...]:
+    async def _put_blobs(self, store: Store, tree: Tree, put_file: PutFile, is_tar: bool, doubts: bool) -> tuple[Pack, ...]:
         small = [file for file in tree.files if is_tar or file.size < PACKED_BYTES]
         large = {file.sha256: file.size for file in tree.files if not is_tar and file.size >= PACKED_BYTES}
 
@@ -55,12 +60,12 @@ class Depot:
 
         await each(large.items(), put, BLOBS_AT_ONCE)
         groups = [small] if is_tar and small else packs.group(small)
-        return tuple([await self._put_pack(store, group, put_file) for group in groups])
+        return tuple([await self._put_pack(store, group, put_file, doubts) for group in groups])
 
-    async def _put_pack(self, store: Store, files: list[TreeFile], put_file: PutFile) -> Pack:
+    async def _put_pack(self, store: Store, files: list[TreeFile], put_file: PutFile, doubts: bool) -> Pack:
         async with self._packed(files) as (pack, path):
             found = await store.head(blob_key(pack.sha256))
-            if found is None or found.size != pack.size:
+            if doubts or found is None or found.size != pack.size:
                 await put_file(pack.sha256, path, pack.size)
         return pack
 

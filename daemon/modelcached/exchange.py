@@ -24,7 +24,9 @@ from .references import References, blob_key
 from .store import Store
 from .tasks import behind
 
-CLAIMS_AT_ONCE = 4  # contents that this node asks the hub for at the same time: the others are left to other nodes
+CLAIMS_AT_ONCE = 4  # large contents that this node asks the hub for at the same time: the others are left to other nodes
+MEDIUM_BYTES = 2 << 20  # of smaller ones it asks for more: a claim's requests take longer than their bytes
+MEDIUM_CLAIMS_AT_ONCE = 16
 SENDING_AT_ONCE = 4
 ANSWER_SECONDS = 10.0  # of a small question
 AWAY_SECONDS = 30.0
@@ -54,7 +56,8 @@ class Exchange:
         self.references = References(store)
         self.claims = claims
         self._group = group
-        self._asking = asyncio.Semaphore(CLAIMS_AT_ONCE)
+        self._asking_large = asyncio.Semaphore(CLAIMS_AT_ONCE)
+        self._asking_medium = asyncio.Semaphore(MEDIUM_CLAIMS_AT_ONCE)
         self._sender = asyncio.Semaphore(SENDING_AT_ONCE)
         self._sending: dict[Digest, asyncio.Task[None]] = {}
         self._away_until = self._quiet_until = 0.0  # it is left alone, and not complained about
@@ -83,7 +86,7 @@ class Exchange:
             if turn.place is not None or not await self.answered(self.store.has_conditions()):
                 return
             async with contextlib.AsyncExitStack() as slot:
-                if not await self._has_slot(slot, digest):
+                if not await self._has_slot(slot, digest, self._asking_large if size > MEDIUM_BYTES else self._asking_medium):
                     continue
                 turn.claim = await self.answered(self.claims.take(digest, progress))
                 if turn.claim is not None:
@@ -96,10 +99,10 @@ class Exchange:
                     return
             await self.claims.wait(digest)
 
-    async def _has_slot(self, slot: contextlib.AsyncExitStack, digest: Digest) -> bool:
+    async def _has_slot(self, slot: contextlib.AsyncExitStack, digest: Digest, asking: asyncio.Semaphore) -> bool:
         """Waits until this node may ask the hub for one more content. False: another node was faster, as it seems."""
-        acquiring = asyncio.ensure_future(self._asking.acquire())
-        gone = asyncio.ensure_future(self.claims.gone(digest)) if self._asking.locked() else None
+        acquiring = asyncio.ensure_future(asking.acquire())
+        gone = asyncio.ensure_future(self.claims.gone(digest)) if asking.locked() else None
         try:
             await asyncio.wait({acquiring} if gone is None else {acquiring, gone}, return_when=asyncio.FIRST_COMPLETED)
             if acquiring.done() or gone is None:
@@ -110,7 +113,7 @@ class Exchange:
             if gone is not None and not gone.cancel() and not gone.cancelled():
                 gone.exception()  # retrieved: who has a slot need not know why no other node is waited for
             if acquiring.done() and not acquiring.cancelled():
-                slot.callback(self._asking.release)
+                slot.callback(asking.release)
             else:
                 acquiring.cancel()
 

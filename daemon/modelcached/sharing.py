@@ -19,7 +19,7 @@ import msgspec
 from .blobs import Blobs
 from .claims import Claim
 from .depot import Depot
-from .errors import IncompatibleReference, disk_errors
+from .errors import ContentMismatch, IncompatibleReference, disk_errors
 from .exchange import Exchange
 from .gather import Gather
 from .meter import Meter
@@ -72,6 +72,7 @@ class Sharing:
         self._refresh_seconds = expiry_seconds / 4
         self.shared = 0  # trees
         self._records: Recent[TreeId, Record] = Recent(KNOWN_FILES, lambda record: 1 + len(record.tree.files))
+        self._doubted: set[tuple[Repo, Commit]] = set()  # whose packs hold wrong bytes: they are put again
         self._turns: WeakValueDictionary[tuple[Repo, Commit], asyncio.Lock] = WeakValueDictionary()
         self._publishing: WeakValueDictionary[tuple[Repo, Commit], asyncio.Lock] = WeakValueDictionary()
 
@@ -141,7 +142,11 @@ class Sharing:
             holding += _only(record.packs, found.keys())
             named |= found
         missing = await self._pool.run(self._gather.missing, Tree(tuple(named.values())))
-        await self._gather.bring(self._exchange.store, missing, holding, meter)
+        try:
+            await self._gather.bring(self._exchange.store, missing, holding, meter)
+        except ContentMismatch:
+            self._doubted.add((repo, commit))
+            raise
         brought = {file.path for file in missing}
         for file in named.values():
             if file.path not in brought:
@@ -204,7 +209,7 @@ class Sharing:
             async with self._publishing.setdefault((repo, commit), asyncio.Lock()):
                 age = await exchange.answered(records.tree_age(repo, commit, name))
                 is_there = await exchange.answered(exchange.store.head(tree_key(name))) is not None
-                if is_there and age is not None and age < self._refresh_seconds:
+                if is_there and age is not None and age < self._refresh_seconds and (repo, commit) not in self._doubted:
                     return
                 listing = await self._pool.run(self._repos.listing, repo, commit)
                 if listing is not None:
@@ -219,7 +224,9 @@ class Sharing:
         """The hub record comes first, for it keeps collections away; one whose tree is not there yet is passed over by readers."""
         exchange = self._exchange
         await exchange.records.put_tree(repo, commit, name, selected)
-        self._records.put(name, await self._depot.bring(exchange.store, name, tree, exchange.put))
+        doubts = (repo, commit) in self._doubted
+        self._records.put(name, await self._depot.bring(exchange.store, name, tree, exchange.put, doubts=doubts))
+        self._doubted.discard((repo, commit))
 
     def _is_news(self, seen: Said, told: Said | None, what: Callable[[Said], object]) -> bool:
         """Whether the store should hear of it: never of what was so before what it knows (I8), and of the same only now and then."""
