@@ -49,7 +49,7 @@ test: $(INSTALLED) packages ## everything but the soak tests
 
 # pytest's exit status 5 is "no tests": there may be none of that kind yet.
 soak: $(VENV)/trainers packages ## the tests that take minutes
-	$(BIN)/python -m pytest -m soak --timeout 900 $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m soak --timeout 900 -o faulthandler_timeout=600 $(PYTEST_ARGS) || [ $$? = 5 ]
 
 # Root also measures reflinks, on a filesystem that it makes and mounts.
 bench: $(VENV)/bench packages ## ours against the peers, side by side
