@@ -14,7 +14,7 @@ from .contract import Store, check_key
 
 SUPPORTED = "file:///path or s3://bucket/prefix"
 NOT_YET = ("gs", "gcs", "az", "azure", "abfs", "abfss", "wasb", "wasbs")
-LIMITS = Limits(connections=8, piece_bytes=1 << 20, range_bytes=32 << 20)
+LIMITS = Limits(connections=8, piece_bytes=512 << 10, range_bytes=32 << 20)
 STALL_SECONDS = 60.0
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
