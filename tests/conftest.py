@@ -205,10 +205,19 @@ def pytest_sessionstart() -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), f"modelcached-pycache-{os.getuid()}")
 
 
+@pytest.hookimpl(trylast=True)  # when other processes that run tests have ended
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if left := end_left_behind():
-        session.config.stash[_LEFT] = left
+    left = session.config.stash.setdefault(_LEFT, [])
+    left += end_left_behind()
+    if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if hasattr(session.config, "workeroutput"):  # one of several processes that run tests: the first one tells
+        session.config.workeroutput["left"] = left
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash.setdefault(_LEFT, []).extend(getattr(node, "workeroutput", {}).get("left", []))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
