@@ -157,6 +157,13 @@ def is_allowed(name: str, module: Module, clients: dict[str, set[str]]) -> bool:
 
 
 @EVERY_DAEMON_MODULE
+def test_types_are_looked_at_before_threads_are(module: Module) -> None:
+    """msgspec looks at a type when it first meets it, and two threads that do so together crash: decoders are made at import."""
+    calls = [node for node in module.nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "msgspec.json.decode"]
+    assert [ast.unparse(call) for call in calls if any(keyword.arg == "type" for keyword in call.keywords)] == []
+
+
+@EVERY_DAEMON_MODULE
 def test_daemon_imports_only_from_lower_rows(module: Module) -> None:
     if module.name == "__init__":
         assert not [name for name in module.imports("modelcached") if inner(name, "modelcached")], "the package itself is below every row"

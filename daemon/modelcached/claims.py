@@ -37,6 +37,9 @@ class _ClaimJson(msgspec.Struct):
     renewed: int
 
 
+_claim_json = msgspec.json.Decoder(_ClaimJson)
+
+
 class Claim:
     """One that this node holds. `progress` grows, or at least changes, while bytes come in."""
 
@@ -179,7 +182,7 @@ class Claims:
         if found is None:
             return None
         try:
-            body = msgspec.json.decode(await self._store.get(key, MAX_CLAIM_BYTES), type=_ClaimJson)
+            body = _claim_json.decode(await self._store.get(key, MAX_CLAIM_BYTES))
         except (MissingObject, msgspec.MsgspecError):
             return None
         return found.etag if body.node == self._node and key not in self._held else None

@@ -51,6 +51,9 @@ class _Remembered(msgspec.Struct):
     tree: str
 
 
+_remembered_json = msgspec.json.Decoder(_Remembered)
+
+
 class Conversion(Flight[Tree]):
     """One old artifact on its way here."""
 
@@ -228,7 +231,7 @@ class Converter:
     def _remembered(self, flight: Conversion) -> Tree | None:
         """The tree, if the same record was read before and nothing of it has gone since (blocks)."""
         try:
-            read = msgspec.json.decode(self._layout.legacy(flight.store.url, flight.found.key).read_bytes(), type=_Remembered)
+            read = _remembered_json.decode(self._layout.legacy(flight.store.url, flight.found.key).read_bytes())
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
         is_known = read.record == flight.found.record and is_digest(read.tree)

@@ -47,6 +47,9 @@ class _ClaimJson(msgspec.Struct):
     is_deleting: bool
 
 
+_claim_json = msgspec.json.Decoder(_ClaimJson)
+
+
 class Claim:
     """One that is held. `_saying` makes its writers take turns: every object replaces the one before it."""
 
@@ -127,7 +130,7 @@ class Claim:
 
     async def _whose(self) -> str:
         with contextlib.suppress(MissingObject, msgspec.MsgspecError):
-            said = msgspec.json.decode(await self._store.get(KEY, MAX_CLAIM_BYTES), type=_ClaimJson)
+            said = _claim_json.decode(await self._store.get(KEY, MAX_CLAIM_BYTES))
             return f", on {said.node} (pid {said.pid})"
         return ""
 
@@ -227,7 +230,7 @@ class Rounds:
 def _round(raw: bytes) -> tuple[str, int] | None:
     """The round that deletes now, if one does."""
     try:
-        said = msgspec.json.decode(raw, type=_ClaimJson)
+        said = _claim_json.decode(raw)
         if said.format > FORMAT:
             raise ValueError
     except (msgspec.MsgspecError, ValueError):

@@ -139,11 +139,17 @@ class _TreeJson(msgspec.Struct, forbid_unknown_fields=True):
     links: list[tuple[str, str]]
 
 
+# Decoders are made where types are, and not where they are used: msgspec looks at a type once, and two threads that do so at the same
+# time crash the process. `tests/test_layers.py` sees to it.
+_tree_json = msgspec.json.Decoder(_TreeJson)
+listing_json = msgspec.json.Decoder(Listing)
+
+
 def decode_tree(raw: bytes, name: TreeId) -> Tree:
     """The tree in `raw`; ValueError if it is not the tree of that name."""
     if hashlib.sha256(raw).hexdigest() != name:
         raise ValueError(f"not the tree {name}")
-    read = msgspec.json.decode(raw, type=_TreeJson)
+    read = _tree_json.decode(raw)
     files = tuple(TreeFile(path, size, Digest(sha256), executable) for path, size, sha256, executable in read.files)
     if any(file.size < 0 or not is_digest(file.sha256) for file in files):
         raise ValueError(f"the tree {name} has a file without size or digest")

@@ -17,8 +17,8 @@ import msgspec
 
 from .errors import MissingObject, UnsafePath
 from .layout import repo_folder
-from .model import Commit, Listing, Repo, TreeId, check_paths, is_commit, is_digest
-from .repos import Ref, Selected, Visibility
+from .model import Commit, Listing, Repo, TreeId, check_paths, is_commit, is_digest, listing_json
+from .repos import Ref, Selected, Visibility, ref_json, visibility_json
 from .store import Store
 
 RECORD_FORMAT = 1
@@ -44,20 +44,20 @@ class HubRecords:
         self._store = store
 
     async def visibility(self, repo: Repo) -> Visibility | None:
-        return await self._read(_visibility_key(repo), MAX_SMALL_BYTES, Visibility)
+        return await self._read(_visibility_key(repo), MAX_SMALL_BYTES, visibility_json)
 
     async def put_visibility(self, repo: Repo, seen: Visibility) -> None:
         await self._store.put(_visibility_key(repo), msgspec.json.encode(seen))
 
     async def ref(self, repo: Repo, revision: str) -> Ref | None:
-        ref = await self._read(_ref_key(repo, revision), MAX_SMALL_BYTES, Ref)
+        ref = await self._read(_ref_key(repo, revision), MAX_SMALL_BYTES, ref_json)
         return ref if ref is not None and is_commit(ref.commit) else None
 
     async def put_ref(self, repo: Repo, revision: str, ref: Ref) -> None:
         await self._store.put(_ref_key(repo, revision), msgspec.json.encode(ref))
 
     async def listing(self, repo: Repo, commit: Commit) -> Listing | None:
-        listing = await self._read(_listing_key(repo, commit), MAX_LISTING_BYTES, Listing)
+        listing = await self._read(_listing_key(repo, commit), MAX_LISTING_BYTES, listing_json)
         if listing is None or listing.commit != commit:
             return None
         try:
@@ -85,9 +85,9 @@ class HubRecords:
         """It keeps collections away from the tree, which may be on its way to the store still."""
         await self._store.put(_tree_key(repo, commit, tree), msgspec.json.encode(_TreeJson(tree, selected, *repo)))
 
-    async def _read(self, key: str, most_bytes: int, kind: type[T]) -> T | None:
+    async def _read(self, key: str, most_bytes: int, decoder: msgspec.json.Decoder[T]) -> T | None:
         try:
-            return msgspec.json.decode(await self._store.get(key, most_bytes), type=kind)
+            return decoder.decode(await self._store.get(key, most_bytes))
         except (MissingObject, msgspec.MsgspecError):
             return None
 

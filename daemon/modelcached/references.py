@@ -67,6 +67,11 @@ class _RecordJson(msgspec.Struct):
     packs: list[_PackJson]
 
 
+_kept_json = msgspec.json.Decoder(_KeptJson)
+_naming_json = msgspec.json.Decoder(_NamingJson)
+_record_json = msgspec.json.Decoder(_RecordJson)
+
+
 def check_key(key: str) -> str:
     """A key whose objects' names every store takes; InvalidRequest says what one looks like."""
     try:
@@ -113,7 +118,7 @@ def encode_pending(reference: dict[str, Any], node: str, tree: TreeId | None = N
 def named_tree(raw: bytes) -> TreeId | None:
     """The tree that any record but a tree's own names: a reference, a pending save, a hub record. ValueError if it can't be read."""
     try:
-        read = msgspec.json.decode(raw, type=_NamingJson)
+        read = _naming_json.decode(raw)
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from None
     if read.format > REFERENCE_FORMAT or not (read.tree is None or is_digest(read.tree)):
@@ -124,7 +129,7 @@ def named_tree(raw: bytes) -> TreeId | None:
 def decode_record(raw: bytes, name: TreeId) -> Record:
     """A tree's record; IncompatibleReference if it is not sound."""
     try:
-        read = msgspec.json.decode(raw, type=_RecordJson)
+        read = _record_json.decode(raw)
         tree = decode_tree(bytes(read.tree), name)
         packs = tuple(Pack(Digest(pack.sha256), pack.size, tuple(Packed(*file) for file in pack.files)) for pack in read.packs)
         _check_packs(tree, packs)
@@ -201,7 +206,7 @@ def _check_packs(tree: Tree, packs: tuple[Pack, ...]) -> None:
 
 def _kept(raw: bytes, key: str) -> Kept:
     try:
-        read = msgspec.json.decode(raw, type=_KeptJson)
+        read = _kept_json.decode(raw)
         if read.format > REFERENCE_FORMAT:
             raise IncompatibleReference(
                 f"the reference {key} is of a newer version (format {read.format})", "upgrade the daemon, or save again", key=key

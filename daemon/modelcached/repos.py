@@ -18,7 +18,7 @@ import msgspec
 
 from . import durable
 from .layout import Layout
-from .model import Commit, Content, Digest, ListedFile, Listing, Repo, TreeId, check_paths, is_commit
+from .model import Commit, Content, Digest, ListedFile, Listing, Repo, TreeId, check_paths, is_commit, listing_json
 from .recent import Recent
 
 
@@ -58,6 +58,11 @@ class Selected(msgspec.Struct, frozen=True):
     filename: str | None
 
 
+ref_json = msgspec.json.Decoder(Ref)
+visibility_json = msgspec.json.Decoder(Visibility)
+_selected_json = msgspec.json.Decoder(Selected)
+
+
 class Repos:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -70,7 +75,7 @@ class Repos:
         known = self._refs.get((repo, revision))
         if known is None:
             with contextlib.suppress(OSError, msgspec.MsgspecError):
-                read = msgspec.json.decode(self._layout.ref(repo, revision).read_bytes(), type=Ref)
+                read = ref_json.decode(self._layout.ref(repo, revision).read_bytes())
                 known = self._refs.put((repo, revision), read) if is_commit(read.commit) else None
         return known
 
@@ -84,7 +89,7 @@ class Repos:
         known = self._visibility.get(repo)
         if known is None:
             with contextlib.suppress(OSError, msgspec.MsgspecError):
-                known = msgspec.json.decode(self._layout.visibility(repo).read_bytes(), type=Visibility)
+                known = visibility_json.decode(self._layout.visibility(repo).read_bytes())
                 self._visibility.put(repo, known)
         return known
 
@@ -103,7 +108,7 @@ class Repos:
         known = self._listings.get((repo, commit))
         if known is None:
             try:
-                known = msgspec.json.decode(self._layout.listing(repo, commit).read_bytes(), type=Listing)
+                known = listing_json.decode(self._layout.listing(repo, commit).read_bytes())
                 if known.commit != commit:
                     return None
                 check_paths([file.path for file in known.files], str(repo))
@@ -159,7 +164,7 @@ class Repos:
         found = {}
         for path in sorted(self._layout.shown(repo, TreeId("")).glob("*")):
             with contextlib.suppress(OSError, msgspec.MsgspecError):
-                found[TreeId(path.name)] = msgspec.json.decode(path.read_bytes(), type=Selected)
+                found[TreeId(path.name)] = _selected_json.decode(path.read_bytes())
         return found
 
     def forget_shown(self, repo: Repo, tree: TreeId) -> None:
@@ -182,7 +187,7 @@ class Repos:
         """Every repo this node has heard of (blocks)."""
         for path in sorted(self._layout.repos.glob("*/*/visibility.json")):
             with contextlib.suppress(OSError, msgspec.MsgspecError):
-                seen = msgspec.json.decode(path.read_bytes(), type=Visibility)
+                seen = visibility_json.decode(path.read_bytes())
                 yield Repo(seen.endpoint, seen.type, seen.id), seen
 
     def refs(self, repo: Repo) -> dict[str, Ref]:

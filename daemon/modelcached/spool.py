@@ -80,6 +80,9 @@ class Entry(msgspec.Struct):
         return sum(file.size for file in self.files)
 
 
+_entry_json = msgspec.json.Decoder(Entry)
+
+
 class OpenSave:
     """A save whose client is still handing files over. Only the event loop touches it; copies are made in threads."""
 
@@ -195,7 +198,7 @@ class Spool:
 
     def _read(self, name: str) -> Entry:
         folder = self._layout.spool_entry(name)
-        entry = msgspec.json.decode((folder / "entry.json").read_bytes(), type=Entry)
+        entry = _entry_json.decode((folder / "entry.json").read_bytes())
         if entry.format > ENTRY_FORMAT or entry.id != name or not isinstance(entry.reference.get("key"), str):
             raise ValueError("not a spool entry of this format")
         check_paths([*(file.path for file in entry.files), *(path for path, _ in entry.links), *entry.folders], name)

@@ -55,6 +55,9 @@ class _State(msgspec.Struct, frozen=True):
     upload: str
 
 
+_state_json = msgspec.json.Decoder(_State)
+
+
 class _Part(NamedTuple):
     number: int  # from 1
     start: int
@@ -312,6 +315,6 @@ def _can_go_on(error: BaseException) -> bool:
 
 def _load(resume: Path) -> _State | None:
     try:
-        return msgspec.json.decode(resume.read_bytes(), type=_State)
+        return _state_json.decode(resume.read_bytes())
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
