@@ -12,7 +12,8 @@ INSTALLED := $(VENV)/installed
 DEBIAN_PACKAGES := acl e2fsprogs fuse3 mount openssl strace xfsprogs
 # For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
 PYTEST_ARGS ?=
-# Most tests wait for processes and disks more than they compute. A file's tests stay together: they share servers.
+# Most tests wait for processes and disks more than they compute. A file's tests stay together: they share servers. Their folders have
+# short names, for a socket's path has to be short, and stay when a test fails.
 WORKERS ?= 2
 export PYTHON
 
@@ -47,7 +48,7 @@ test: $(INSTALLED) packages ## everything but the soak tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/vermin --quiet --no-tips --target=3.9- --violations sdk
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	folder=$$(mktemp -d -t mc-XXXXXX); $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --basetemp=$$folder $(PYTEST_ARGS) && rm -rf $$folder
 
 # pytest's exit status 5 is "no tests": there may be none of that kind yet.
 soak: $(VENV)/trainers packages ## the tests that take minutes
