@@ -22,6 +22,10 @@ from typing import Any
 import hypothesis
 import pytest
 
+from modelcache.client import shared
+
+from .fake_keeper import FakeKeeper
+from .hub import Hub
 from .seaweed import SeaweedFS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +66,31 @@ def shared_tmp_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="modelcached-test-") as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """One hub for the tests of a file, which take `hub`."""
+    with Hub.start(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(the_hub: Hub) -> Iterator[Hub]:
+    """Well-behaved until the test says otherwise, with an empty log."""
+    the_hub.reset_log()
+    yield the_hub
+    the_hub.calm()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKeeper]:
+    """A daemon that only takes down what the SDK hands it; the SDK's own connection goes there."""
+    with FakeKeeper(tmp_path) as keeper:
+        monkeypatch.setenv("MODELCACHE_SOCKET", str(keeper.socket_path))
+        yield keeper
+        shared().close()
+        shared().leases.close()
 
 
 @pytest.fixture(scope="session")

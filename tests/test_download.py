@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -33,22 +33,8 @@ STALL_SECONDS = 0.3
 
 
 @pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("download")) as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def commit(the_hub: Hub) -> Commit:
     return Commit(the_hub.commit("org/name", {"model.bin": Random("download", SIZE)}))
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
 
 
 class Downloading:

@@ -31,20 +31,6 @@ MODEL: Tree = {**SMALL, **LARGE}
 SIZE = sum(map(len, MODEL.values()))
 
 
-@pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("fetch")) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
-
-
 @pytest.fixture
 def daemon(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon.start(tmp_path_factory.mktemp("node") / "root", the_hub, min_free="0", hub_backoff_seconds=0.02) as daemon:

@@ -9,8 +9,7 @@ import contextlib
 import hashlib
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,16 @@ from .clients import Client, Tree, blobs, hashes
 from .daemon import Daemon
 from .hub import Hub, Random
 from .proxy import Proxy
+from .saves import until
 from .seaweed import SeaweedFS
 
 pytestmark = pytest.mark.timeout(120)
 
 MIB = 1 << 20
-WAIT_SECONDS = 60.0
 SMALL: Tree = {"config.json": b"{}", "tokenizer/vocab.txt": b"a\nb\n", "empty": b"", "notes.md": Random("notes", 200_000)}
 LARGE: Tree = {f"model-{number}.safetensors": Random(f"part {number}", 3 * MIB + number) for number in range(6)}
 MODEL: Tree = {**SMALL, **LARGE, "README.md": Random("not in LFS", 600_000)}
 QUICK: dict[str, Any] = {"min_free": "0", "hub_backoff_seconds": 0.02}
-
-
-@pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("fleet")) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
 
 
 @pytest.fixture
@@ -77,13 +63,6 @@ def tasks(daemons: list[Daemon]) -> Iterator[list[Client]]:
 
 def size(tree: Tree) -> int:
     return sum(map(len, tree.values()))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)  # a store sends no events
 
 
 def until_shared(*daemons: Daemon, trees: int = 1) -> None:

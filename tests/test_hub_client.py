@@ -44,14 +44,6 @@ def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
-
-
 @asynccontextmanager
 async def talking(attempts: int = 4, backoff_seconds: float = 0.01) -> AsyncIterator[HubClient]:
     client = HubClient(attempts, backoff_seconds)

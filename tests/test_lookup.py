@@ -37,14 +37,6 @@ def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
-
-
-@pytest.fixture
 def layout(tmp_path: Path) -> Iterator[Layout]:
     layout, lock = open_root(tmp_path / "root", private=True)
     yield layout

@@ -21,20 +21,6 @@ CONFIG: dict[str, Any] = {"min_free": "0", "hub_backoff_seconds": 0.02, "stall_s
 
 
 @pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("misbehaviour")) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved until the test says otherwise, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
-
-
-@pytest.fixture(scope="module")
 def node(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """For tests whose repos nobody else asks for."""
     with Daemon.start(tmp_path_factory.mktemp("node") / "root", the_hub, **CONFIG) as daemon:

@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -285,15 +284,6 @@ def test_what_does_not(value: Any, error: type[Exception]) -> None:
 
 
 # ---- with a daemon
-
-
-@pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKeeper]:
-    with FakeKeeper(tmp_path) as keeper:
-        monkeypatch.setenv("MODELCACHE_SOCKET", str(keeper.socket_path))
-        yield keeper
-        shared().close()
-        shared().leases.close()
 
 
 @pytest.fixture

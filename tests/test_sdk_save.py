@@ -36,15 +36,6 @@ LARGE = handover.SMALL_BYTES
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKeeper]:
-    with FakeKeeper(tmp_path) as keeper:
-        monkeypatch.setenv("MODELCACHE_SOCKET", str(keeper.socket_path))
-        yield keeper
-        shared().close()
-        shared().leases.close()
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out"

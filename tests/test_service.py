@@ -26,19 +26,6 @@ SECOND: Tree = {**FIRST, "config.json": b"second"}
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="takes root: mounts, and writing where only the daemon may")
 
 
-@pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("service")) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
-
-
 @pytest.fixture
 def daemon(the_hub: Hub, tmp_path: Path) -> Iterator[Daemon]:
     with Daemon.start(tmp_path / "root", the_hub, min_free="0", hub_backoff_seconds=0.02, hub_attempts=3) as daemon:

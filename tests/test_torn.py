@@ -61,16 +61,14 @@ def test_nothing_torn_is_saved(shared_tmp_path: Path) -> None:
     assert found["whole"] > 30
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.soak
+@pytest.mark.timeout(120)
 def test_without_the_probe_something_is(shared_tmp_path: Path) -> None:
     assert captured(shared_tmp_path, 500, broken=NO_PROBE)["torn"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.soak
+@pytest.mark.timeout(120)
 def test_without_the_stats_something_is(shared_tmp_path: Path) -> None:
     assert captured(shared_tmp_path, 500, broken=NO_STAT, kind=NoStat)["torn"]
 

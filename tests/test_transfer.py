@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,25 +36,11 @@ STALL_SECONDS = 0.3
 
 
 @pytest.fixture(scope="module")
-def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("transfer")) as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def commit(the_hub: Hub) -> Commit:
     the_hub.add_token(OTHER_TOKEN)
     the_hub.commit("org/private", FILES, private=True, tokens=[TOKEN])
     the_hub.commit("org/gated", FILES, gated=True, tokens=[TOKEN])
     return Commit(the_hub.commit("org/name", FILES))
-
-
-@pytest.fixture
-def hub(the_hub: Hub) -> Iterator[Hub]:
-    """Well-behaved, with an empty log."""
-    the_hub.reset_log()
-    yield the_hub
-    the_hub.calm()
 
 
 @asynccontextmanager

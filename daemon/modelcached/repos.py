@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
 import msgspec
@@ -144,14 +144,20 @@ class Repos:
         return self._oids_of(repo).get(oid)
 
     def set_digest(self, repo: Repo, oid: str, digest: Digest) -> None:
-        """Remembers what a git id turned out to be; a line of the log `oids`."""
+        """Remembers what a git id turned out to be."""
+        self.set_digests(repo, {oid: digest})
+
+    def set_digests(self, repo: Repo, found: Mapping[str, Digest]) -> None:
+        """The same for several; each is a line of the log `oids`."""
         known = self._oids_of(repo)
-        if known.get(oid) == digest:
+        news = {oid: digest for oid, digest in found.items() if known.get(oid) != digest}
+        if not news:
             return
-        known[oid] = digest
-        line = f"{oid} {digest}".encode()
+        known.update(news)
+        lines = (f"{oid} {digest}".encode() for oid, digest in news.items())
         with open(self._layout.oids(repo), "ab", buffering=0) as log:
-            log.write(b"\n%s %08x" % (line, zlib.crc32(line)))  # the newline first: a torn line does not swallow the next one
+            # The newline first: a torn line does not swallow the next one.
+            log.write(b"".join(b"\n%s %08x" % (line, zlib.crc32(line)) for line in lines))
 
     def set_shown(self, repo: Repo, tree: TreeId, selected: Selected) -> None:
         """Remembers that this tree shows files of this repo."""

@@ -2,7 +2,7 @@
 
 The small files of a commit count as one content: one claim, packs, one record. Whoever needs them reads the records of the commit, takes
 what they name out of the packs (each byte checked against the record, and against the hub's own git id), and asks the hub for the rest when
-it is its turn. When a view is complete, its tree goes to the store behind the caller's back: blobs, tree, record, in this order.
+it is its turn. When a view is complete, its tree goes to the store behind the caller's back: the hub record that names it, blobs, tree.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .claims import Claim
 from .depot import Depot
 from .errors import ContentMismatch, IncompatibleReference, disk_errors
 from .exchange import Exchange
+from .flights import digest_if_right
 from .gather import Gather
 from .meter import Meter
 from .model import Commit, Digest, ListedFile, Repo, Tree, TreeFile, TreeId
@@ -152,12 +153,10 @@ class Sharing:
             if file.path not in brought:
                 meter.finish(file.size)  # the same bytes as another's
         with disk_errors("looking at small files"):
-            lying = await self._pool.run(self._wrong, [(file, wanted[path]) for path, file in named.items()])
-        for path, file in named.items():
-            if path not in lying:
-                here[path] = file.sha256
-                if wanted[path].sha256 is None:
-                    self._repos.set_digest(repo, wanted[path].oid, file.sha256)
+            lying = await self._pool.run(self._wrong, repo, [(file, wanted[path]) for path, file in named.items()])
+        sound = {path: file.sha256 for path, file in named.items() if path not in lying}
+        here.update(sound)
+        self._repos.set_digests(repo, {wanted[path].oid: digest for path, digest in sound.items() if wanted[path].sha256 is None})
         if lying:
             log.warning("records of the store disagree with the hub", extra={"repo": str(repo), "files": sorted(lying)[:10]})
         return [file for file in files if file.path not in here]
@@ -178,10 +177,10 @@ class Sharing:
         await each(await self._exchange.answered(self._exchange.records.trees(repo, commit)), read, READ_AT_ONCE)
         return found
 
-    def _wrong(self, files: Sequence[tuple[TreeFile, ListedFile]]) -> set[str]:
+    def _wrong(self, repo: Repo, files: Sequence[tuple[TreeFile, ListedFile]]) -> set[str]:
         """Files whose bytes are not what the hub's git id says (blocks)."""
-        git_named = [(file, listed) for file, listed in files if listed.sha256 is None]
-        return {listed.path for file, listed in git_named if _git_id(self._blobs.path(file.sha256).read_bytes()) != listed.oid}
+        git_named = [(self._blobs.path(file.sha256), listed) for file, listed in files if listed.sha256 is None]
+        return {listed.path for path, listed in git_named if digest_if_right(path.read_bytes(), self._repos.content(repo, listed)) is None}
 
     async def _publish_small(self, repo: Repo, commit: Commit, tree: Tree, claim: Claim | None) -> None:
         try:
@@ -246,7 +245,3 @@ def _only(holding: Sequence[Pack], paths: Set[str]) -> list[Pack]:
     """The packs that hold some of these files, with no others in their index."""
     found = (pack._replace(files=tuple(file for file in pack.files if file.path in paths)) for pack in holding)
     return [pack for pack in found if pack.files]
-
-
-def _git_id(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
