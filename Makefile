@@ -15,6 +15,8 @@ PYTEST_ARGS ?=
 # Most tests wait for processes and disks more than they compute. A file's tests stay together: they share servers. Their folders have
 # short names, for a socket's path has to be short, and stay when a test fails.
 WORKERS ?= 2
+# $(call pytest,OPTIONS)
+pytest = folder=$$(mktemp -d -t mc-XXXXXX); $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --basetemp=$$folder $(1) $(PYTEST_ARGS) && rm -rf $$folder
 export PYTHON
 
 .PHONY: help demo test check bench soak lowest packages clean
@@ -48,11 +50,11 @@ test: $(INSTALLED) packages ## everything but the soak tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/vermin --quiet --no-tips --target=3.9- --violations sdk
-	folder=$$(mktemp -d -t mc-XXXXXX); $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --basetemp=$$folder $(PYTEST_ARGS) && rm -rf $$folder
+	$(call pytest,)
 
 # pytest's exit status 5 is "no tests": there may be none of that kind yet.
 soak: $(VENV)/trainers packages ## the tests that take minutes
-	$(BIN)/python -m pytest -m soak --timeout 900 -o faulthandler_timeout=600 $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(call pytest,-m soak --timeout 900 -o faulthandler_timeout=600) || [ $$? = 5 ]
 
 # Root also measures reflinks, on a filesystem that it makes and mounts.
 bench: $(VENV)/bench packages ## ours against the peers, side by side
