@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_one_after_the_other(hub: Hub, tmp_path: Path, store: str) -> None:
         check(daemons[1], MODEL)
         assert {request.kind for request in hub.requests()} == {"info"}
         assert daemons[1].status()["hub"]["bytes"] == 0 and daemons[1].status()["store_bytes"] >= size(MODEL)
+        (told,) = re.findall(r"hub_bytes=0 store_bytes=(\d+)", daemons[1].log)
+        assert int(told) >= size(MODEL)
 
 
 def test_other_patterns(hub: Hub, tmp_path: Path, store: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -60,6 +62,39 @@ def test_references_newest_first(daemon: Daemon, wire: Wire) -> None:
         for more in ({"limit": -1}, {"prefix": "../"}, {"prefix": "/"}):
             with pytest.raises(InvalidRequestError):
                 again.references(**more)
+
+
+def test_what_is_shown_is_saved_without_a_copy(daemon: Daemon, wire: Wire, tmp_path: Path) -> None:
+    tree = {"large": bytes(1 << 20), "small": b"small", "sub/again": b"small"}
+    wire.save("first", tree)
+    assert wire.flush(WAIT_SECONDS)["pending"] == []
+    shown = wire.load("first")["tree"]
+    before = sum(path.stat().st_size for path in (tmp_path / "store/blobs").rglob("*") if path.is_file())
+    kept = wire.request("save_tree", reference={"key": key_of("second"), "type": "model"}, tree=shown)["reference"]
+    assert (kept["size"], kept["files"], kept["storage_format"]) == (sum(map(len, tree.values())), len(tree), "files")
+    assert wire.flush(WAIT_SECONDS)["pending"] == []
+    assert wire.load("second")["tree"] == shown
+    assert sum(path.stat().st_size for path in (tmp_path / "store/blobs").rglob("*") if path.is_file()) == before
+    assert names(wire, last=key_of("second").rpartition("_")[2]) == [key_of("second").rpartition("/")[2]]
+    for odd in ("0" * 64, "../views", ""):
+        with pytest.raises(ModelcacheError):
+            wire.request("save_tree", reference={"key": key_of("third"), "type": "model"}, tree=odd)
+    assert daemon.status()["spool"]["saves"] == 0
+
+
+def test_who_was_not_shown_a_tree_can_not_save_it(shared_tmp_path: Path) -> None:
+    with Daemon.start(shared_tmp_path / "root", store=f"file://{shared_tmp_path}/store", uid=UID) as daemon:
+        with wired(daemon.socket) as wire:
+            wire.save("mine", {"a": b"a"})
+            shown = wire.load("mine")["tree"]
+        code = (
+            "import sys; from modelcache.client import Client\n"
+            "from modelcache.protocol import SaveTree\n"
+            f"Client(sys.argv[1]).call('save_tree', SaveTree({{'key': {key_of('x')!r}, 'type': 'model'}}, sys.argv[2]))"
+        )
+        command = [*as_uid(UID + 1), sys.executable, "-c", code, daemon.socket, shown]
+        ran = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, timeout=WAIT_SECONDS)
+        assert "NotPermittedError" in ran.stderr, ran.stderr
 
 
 def test_times_without_an_offset_are_local(daemon: Daemon, wire: Wire, tmp_path: Path) -> None:

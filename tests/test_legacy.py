@@ -18,7 +18,7 @@ import pytest
 
 import modelcache
 from benchmarks.peers import checkpoint_python
-from modelcache import MetaflowDataArtifactReference, loading
+from modelcache import MetaflowDataArtifactReference, loading, references
 from modelcache.client import shared
 from modelcache.errors import IncompatibleReferenceError, NotPermittedError, ReferenceNotFoundError
 from modelcached.legacy import datastore, record_key
@@ -235,6 +235,22 @@ def test_what_is_known_of_them(made: Made, node: Start, tmp_path: Path) -> None:
     assert TOKEN not in repr(brought.reference)
     assert contents(tmp_path / "mine") == REPO
     (tmp_path / "mine/config.json").write_text("private and writable")
+
+
+def test_they_are_listed_beside_ours(made: Made, node: Start) -> None:
+    """By what their keys begin with, as a task looks for what others of its kind saved; with a part of their last component too."""
+    node(made.store)
+    for reference in made.references.values():
+        folder = reference["key"].rpartition("/")[0]
+        there = {each["key"] for each in made.references.values() if each["key"].startswith(f"{folder}/")}
+        assert {each["key"] for each in modelcache.list(prefix=f"{folder}/")} == there
+        (known,) = (each for each in modelcache.list(prefix=f"{folder}/") if each["key"] == reference["key"])
+        assert known["type"] == reference["type"] and TOKEN not in repr(known)
+        if reference["type"] == "checkpoint":
+            found = references.of_task(f"{folder}/", reference["pathspec"], reference["name"])
+            assert reference["key"] in {each["key"] for each in found}
+            assert references.of_task(f"{folder}/", "Other/1/start/1") == []
+    assert modelcache.list() == []  # what is everywhere would be a walk through the whole datastore
 
 
 def test_the_command(local: Made, node: Start, tmp_path: Path) -> None:

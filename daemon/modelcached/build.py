@@ -96,7 +96,7 @@ async def build_service(
     spool.recover()
     closing.callback(spool.close)
     lanes = Lanes("capture", MOST_HANGING, CAPTURE_STALL_SECONDS)
-    save = Save(layout, spool, pool, lanes, flights)
+    save = Save(layout, spool, blobs, trees, pool, lanes, flights)
     hashing = Hashing(spool, blobs, trees, pool, background)
     upload = Upload(spool, blobs, depot, pool, stores.open, hashing.tree)
     converter = Converter(layout, blobs, trees, partials, blob_flights, pool, flights, min_free, stores.open)

@@ -67,7 +67,7 @@ class Conversion(Flight[Tree]):
 
     def received(self, count: int) -> None:
         self.done_bytes += count
-        self.meter.receive(count)
+        self.meter.receive(count, "store")
 
 
 class Converter:
@@ -96,6 +96,10 @@ class Converter:
     async def has(self, key: str, store_url: str) -> bool:
         """Whether the datastore that this store belongs to has an old artifact of that key."""
         return await legacy.find(await self._store_of(legacy.datastore(store_url)), key) is not None
+
+    async def listed(self, prefix: str, store_url: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+        """The references of old artifacts in the datastore that this store belongs to."""
+        return await legacy.listed(await self._store_of(legacy.datastore(store_url)), prefix, is_wanted)
 
     async def get(self, key: str, store_url: str, report: Report) -> Converted | None:
         """The artifact's tree, every file of it a blob; None if there is none of that key."""

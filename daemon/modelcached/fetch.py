@@ -74,6 +74,7 @@ class Got(NamedTuple):
     commit: Commit
     is_private: bool
     hub_bytes: int  # that came while the caller waited
+    store_bytes: int = 0  # the same, from what other nodes have shared
 
 
 class Assembly(Flight[Shown]):
@@ -135,7 +136,8 @@ class Fetch:
             return Got(shown, selection.commit, is_private, 0)
         key = (selection, ask.token, ask.force, ask.local)  # one bad token spoils nobody else's fetch
         assembly = self._assemblies.board(key, lambda: Assembly(self, selection, ask))
-        meter, before = assembly.meter, assembly.meter.received_bytes
+        meter = assembly.meter
+        before, store_before = meter.received_bytes, meter.store_bytes
         meter.reports.append(report)
         report(meter.progress())
         try:
@@ -144,7 +146,8 @@ class Fetch:
             meter.reports.remove(report)
         if not shown.tree.files and (ask.allow or ask.ignore):
             warn(f"no file of {ask.repo} matches the patterns")
-        return Got(shown, selection.commit, is_private, meter.received_bytes - before)
+        store_bytes = meter.store_bytes - store_before
+        return Got(shown, selection.commit, is_private, meter.received_bytes - before - store_bytes, store_bytes)
 
     async def plan(self, ask: Ask, warn: Warn) -> tuple[Commit, list[tuple[ListedFile, bool]]]:
         """What `get` would show, and which of it is here."""

@@ -69,14 +69,14 @@ class BlobFlight(Flight[Digest]):
         super().__init__(lambda: work(self))
         self.content = content
         self.places: list[Place] = []
-        self.tier = ""  # that the bytes came from
+        self.tier = ""  # that the bytes come from
         self.meters: list[Meter] = []
         self.done_bytes = 0
 
     def received(self, count: int) -> None:
         self.done_bytes += count
         for meter in self.meters:
-            meter.received_bytes += count
+            meter.receive(count, self.tier)
 
 
 class BlobFlights:
@@ -189,6 +189,7 @@ class BlobFlights:
         wrong, position = 0, 0
         while wrong < WRONG_BYTES_TRIES:
             place = flight.places[position]
+            flight.tier = place.tier
             try:
                 digest = await attempt(place)
             except (HubProblem, StoreProblem, StoreUnavailable):
@@ -197,7 +198,6 @@ class BlobFlights:
                     raise
                 continue
             if digest is not None:
-                flight.tier = place.tier
                 self.bytes[place.tier] += flight.content.size
                 return digest
             self.mismatches += 1

@@ -74,7 +74,7 @@ class Gather:
         place = StorePlace(store, pack.sha256, start)
         wrong = files[0]
         for _ in range(WRONG_BYTES_TRIES):
-            data = await place.whole(size, meter.receive) if size else b""
+            data = await place.whole(size, lambda count: meter.receive(count, place.tier)) if size else b""
             self._flights.bytes[place.tier] += size
             bodies = [data[file.offset - start : file.offset - start + file.size] for file in run]
             found = await self._pool.run(_first_wrong, files, bodies)

@@ -31,6 +31,7 @@ from modelcache.protocol import (
     SaveOpen,
     SaveOpened,
     SavePack,
+    SaveTree,
 )
 
 from .collect import Collect
@@ -38,7 +39,7 @@ from .errors import InUse, InvalidRequest, NotPermitted, ReferenceNotFound, Save
 from .leases import Leases
 from .load import Loader
 from .meter import TICK_SECONDS, Report
-from .model import Caller, Reply, TreeId, require_owner
+from .model import Caller, Reply, TreeId, is_digest, require_owner
 from .references import check_key, encode_reference
 from .save import MAX_FILES, Save
 from .spool import Spool
@@ -67,6 +68,7 @@ class Keeping:
         self._leases = leases
         self.verbs: dict[str, tuple[type, Verb]] = {
             "save_open": (SaveOpen, self._open),
+            "save_tree": (SaveTree, self._tree),
             "save_files": (SaveFiles, self._files),
             "save_pack": (SavePack, self._pack),
             "save_links": (SaveLinks, self._links),
@@ -85,23 +87,27 @@ class Keeping:
         return bool(self._spool.entries)
 
     async def _open(self, params: SaveOpen, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
-        reference = params.reference
-        check_key(str(reference.get("key", "")))
-        if len(encode_reference(reference, TreeId("0" * 64))) > MAX_DRAFT_BYTES:
-            raise InvalidRequest(
-                "the reference is too large with this metadata", f"at most {MAX_DRAFT_BYTES >> 10} KiB: save the rest in a file"
-            )
-        if reference.get("type") not in ("model", "checkpoint"):
-            raise InvalidRequest(f"a save of type {reference.get('type')!r}", "type is 'model' or 'checkpoint'")
+        _check_draft(params.reference)
         if params.storage_format not in STORAGE_FORMATS:
             raise InvalidRequest(f"unknown storage_format {params.storage_format!r}", f"one of {', '.join(STORAGE_FORMATS)}")
         if params.size_bytes < 0 or params.files < 0:
             raise InvalidRequest("a save has no negative size", "say how many bytes and files will come")
         store = self._stores.named(params.store)
         save, alive = await self._save.open(
-            caller, reference, params.size_bytes, params.files, params.storage_format, params.durable, params.supersede, store
+            caller, params.reference, params.size_bytes, params.files, params.storage_format, params.durable, params.supersede, store
         )
         return Reply(SaveOpened(save.entry.id), (alive,))
+
+    async def _tree(self, params: SaveTree, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
+        _check_draft(params.reference)
+        tree = TreeId(params.tree)
+        if not is_digest(tree):
+            raise InvalidRequest(f"{tree[:80]!r} names no tree", "a tree is what fetch and load reply")
+        if not self._trees.may_enter(tree, caller):
+            raise NotPermitted(f"uid {caller.uid} has not been shown the tree {tree[:12]}", "ask for it with fetch or load first")
+        reference = await self._save.keep_tree(caller, params.reference, tree, self._stores.named(params.store))
+        log.info("saved", extra={"key": reference["key"], "tree": tree})
+        return Reply(SaveClosed(reference))
 
     async def _files(self, params: SaveFiles, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         if len(descriptors) != len(params.files):
@@ -186,14 +192,25 @@ class Keeping:
             raise InvalidRequest("a limit is not negative")
         store = self._stores.named(params.store)
         here = [entry.reference for entry in self._upload.pending(caller.uid) if entry.store == store]
-        found = {reference["key"]: reference for reference in here if reference["key"].startswith(params.prefix)}
-        for kept in await (await self._stores.references(store)).all(params.prefix):
+        found = {reference["key"]: reference for reference in here if _may_match(reference["key"], params)}
+        stored, awaited = await (await self._stores.references(store)).listed(params.prefix, lambda key: _may_match(key, params))
+        old = await self._loader.old(params.prefix, store, lambda key: _may_match(key, params))
+        found = {reference["key"]: reference for reference in old} | found
+        for kept in stored:
             found.setdefault(kept.reference["key"], kept.reference)
         wanted = [reference for reference in found.values() if _matches(reference, params)]
         wanted.sort(key=_created, reverse=True)
         del wanted[params.limit :]
         pending = {reference["key"] for reference in here}
-        return Reply({"references": wanted, "pending": [reference["key"] for reference in wanted if reference["key"] in pending]})
+        elsewhere = [record for record in awaited if record["key"] not in pending and _matches(record, params)]
+        elsewhere.sort(key=_created, reverse=True)
+        return Reply(
+            {
+                "references": wanted,
+                "pending": [reference["key"] for reference in wanted if reference["key"] in pending],
+                "elsewhere": elsewhere[: params.limit],
+            }
+        )
 
     async def _delete(self, params: DeleteReference, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         store, key = self._stores.named(params.store), check_key(params.key)
@@ -255,6 +272,17 @@ class Keeping:
             await asyncio.sleep(TICK_SECONDS)
 
 
+def _check_draft(reference: dict[str, Any]) -> None:
+    """InvalidRequest unless it can become a reference."""
+    check_key(str(reference.get("key", "")))
+    if len(encode_reference(reference, TreeId("0" * 64))) > MAX_DRAFT_BYTES:
+        raise InvalidRequest(
+            "the reference is too large with this metadata", f"at most {MAX_DRAFT_BYTES >> 10} KiB: save the rest in a file"
+        )
+    if reference.get("type") not in ("model", "checkpoint"):
+        raise InvalidRequest(f"a save of type {reference.get('type')!r}", "type is 'model' or 'checkpoint'")
+
+
 def _created(reference: dict[str, Any]) -> float:
     """When it was made, in seconds since the epoch. A time without an offset is this node's own, as metaflow-checkpoint writes it."""
     try:
@@ -267,3 +295,8 @@ def _matches(reference: dict[str, Any], params: References) -> bool:
     if params.type is not None and reference.get("type") != params.type:
         return False
     return params.name is None or params.name in (reference.get("name"), reference.get("label"))
+
+
+def _may_match(key: str, params: References) -> bool:
+    """What a key alone can say: most of a large listing needs not be read."""
+    return key.startswith(params.prefix) and params.last in key.rpartition("/")[2]

@@ -8,10 +8,12 @@ Nothing of it has a checksum: that all of it is there is known from the size in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,6 +22,7 @@ from .blobs import hash_bytes
 from .errors import IncompatibleReference, InvalidRequest, MissingObject, StoreDenied, StoreMismatch, StoreProblem
 from .model import Digest
 from .store import Object, Store
+from .tasks import each
 
 PACKAGE = "metaflow-checkpoint"
 STORAGE_FORMATS = ("files", "tar")
@@ -28,6 +31,8 @@ MAX_ANSWER_BYTES = 960 << 10  # of a reference: it has to fit into one message
 SECRETS = ("token", "use_auth_token")  # huggingface_hub's arguments were kept as they came
 HUB_PREFIX = "mf.huggingface_hub/"
 HUB_BOOKKEEPING = ".cache/huggingface/"  # huggingface_hub's own, which was saved with a repo's files
+RECORD_SUFFIX = ".metadata"
+READ_AT_ONCE = 32
 _DATASTORE = re.compile(r"(file:///.+|s3://[^/]+(?:/.+)?)/modelcached")
 _KEY = re.compile(r"((?:.+?/)?(?:models|checkpoints))/artifacts/(.+)", re.DOTALL)  # the first of the two words says which
 _TAG = re.compile(r"\$+float")
@@ -63,7 +68,7 @@ def datastore(store_url: str) -> str:
 def record_key(key: str) -> str | None:
     """Where the reference to an old artifact lies; None for what can't be one."""
     parts = _KEY.fullmatch(key)
-    return f"{parts.group(1)}/artifact_metadata/{parts.group(2)}.metadata" if parts else None
+    return f"{parts.group(1)}/artifact_metadata/{parts.group(2)}{RECORD_SUFFIX}" if parts else None
 
 
 async def find(store: Store, key: str) -> Found | None:
@@ -83,6 +88,29 @@ async def find(store: Store, key: str) -> Found | None:
     return Found(key, _reference(raw, key), hash_bytes(raw))
 
 
+async def listed(store: Store, prefix: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """The references of old artifacts whose keys begin so, in no order: those that can be read. A prefix of several kinds has none."""
+    if "/artifacts/" not in prefix:
+        return []
+    records = prefix.replace("/artifacts/", "/artifact_metadata/", 1)
+    found: list[dict[str, Any]] = []
+
+    async def read(key: str) -> None:
+        with contextlib.suppress(IncompatibleReference):
+            old = await find(store, key)
+            if old is not None:
+                found.append(old.reference)
+
+    try:
+        names = [part.key async for part in store.list(records) if part.key.endswith(RECORD_SUFFIX)]
+    except StoreDenied as error:
+        log.warning("old artifacts can't be listed", extra={"prefix": prefix, "error": error.message})
+        return []
+    keys = [name.removesuffix(RECORD_SUFFIX).replace("/artifact_metadata/", "/artifacts/", 1) for name in names]
+    await each([key for key in keys if is_wanted(key)], read, READ_AT_ONCE)
+    return found
+
+
 async def payload(store: Store, found: Found) -> list[Object]:
     """Every object of the artifact; of a tar, itself. StoreMismatch if something is missing.
 
@@ -92,8 +120,8 @@ async def payload(store: Store, found: Found) -> list[Object]:
         head = await store.head(found.key)
         objects = [head] if head is not None else []
     else:
-        objects = sorted([each async for each in store.list(f"{found.key}/")])
-    here, counted = sum(each.size for each in objects), found.reference.get("size")
+        objects = sorted([part async for part in store.list(f"{found.key}/")])
+    here, counted = sum(part.size for part in objects), found.reference.get("size")
     if not objects:
         raise StoreMismatch("nothing of it is there", "it was deleted, or an empty folder was saved")
     if isinstance(counted, int) and (here != counted if found.is_tar else here < counted):

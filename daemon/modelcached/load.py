@@ -107,6 +107,10 @@ class Loader:
             meter.reports.remove(report)
         return Loaded(kept.tree, tree, kept.reference, meter.received_bytes - before)
 
+    async def old(self, prefix: str, store_url: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+        """The references of artifacts that are not ours, in no order."""
+        return await self._converter.listed(prefix, store_url, is_wanted)
+
     async def is_old(self, key: str, store_url: str) -> bool:
         """Whether the key is that of an artifact which is not ours."""
         return await self._converter.has(key, store_url)

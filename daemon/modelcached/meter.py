@@ -33,6 +33,7 @@ class Meter:
         self.done_bytes = 0  # of finished parts
         self.done_files = 0
         self.received_bytes = 0  # that came over the network since the meter began
+        self.store_bytes = 0  # of these, from the store
         self.parts: set[Running] = set()
         self.reports: list[Report] = []
         self._samples: deque[tuple[float, int]] = deque()
@@ -41,8 +42,10 @@ class Meter:
         self.total_bytes, self.total_files = total_bytes, total_files
         self.done_bytes, self.done_files = done_bytes, done_files
 
-    def receive(self, count: int) -> None:
+    def receive(self, count: int, tier: str) -> None:
         self.received_bytes += count
+        if tier == "store":
+            self.store_bytes += count
 
     def finish(self, size: int) -> None:
         """One more file is done."""

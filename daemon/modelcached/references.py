@@ -8,6 +8,8 @@ refs/<key>.pending           a save that is on its way: node, time, size, and it
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,6 +24,11 @@ from .tasks import Pool, each
 REFERENCE_FORMAT = 1
 MAX_REFERENCE_BYTES = 1 << 20
 MAX_TREE_BYTES = 256 << 20
+# What a pending record says of a save: who may wait for it decides by these.
+PENDING_FIELDS = (
+    "key", "type", "name", "label", "created_on", "size", "files", "save_id",
+    "pathspec", "attempt", "latest", "foreach_index", "node_index",
+)  # fmt: skip
 READ_AT_ONCE = 32  # references, for a listing
 
 
@@ -51,6 +58,12 @@ class _KeptJson(msgspec.Struct):
     tree: str
 
 
+class _PendingJson(msgspec.Struct):
+    format: int
+    key: str
+    node: str = ""
+
+
 class _NamingJson(msgspec.Struct):
     format: int
     tree: str | None = None
@@ -68,6 +81,7 @@ class _RecordJson(msgspec.Struct):
 
 
 _kept_json = msgspec.json.Decoder(_KeptJson)
+_pending_json = msgspec.json.Decoder(_PendingJson)
 _naming_json = msgspec.json.Decoder(_NamingJson)
 _record_json = msgspec.json.Decoder(_RecordJson)
 
@@ -111,7 +125,7 @@ def encode_reference(reference: dict[str, Any], tree: TreeId) -> bytes:
 
 def encode_pending(reference: dict[str, Any], node: str, tree: TreeId | None = None) -> bytes:
     """`tree` as soon as it is known: a garbage collection leaves it alone then."""
-    known = {name: reference.get(name) for name in ("key", "type", "name", "label", "created_on", "size", "files", "save_id")}
+    known = {name: reference[name] for name in PENDING_FIELDS if name in reference}
     return msgspec.json.encode({"format": REFERENCE_FORMAT, "node": node, **known, "tree": tree})
 
 
@@ -160,14 +174,17 @@ class References:
             raise _no_record(name) from error
         return await pool.run(decode_record, raw, name)
 
-    async def all(self, prefix: str) -> list[Kept]:
-        """Every readable reference whose key begins so, in no order."""
-        keys = [
-            found.key.removeprefix("refs/").removesuffix(".json")
-            async for found in self._store.list(f"refs/{prefix}")
-            if found.key.endswith(".json")
-        ]
+    async def all(self, prefix: str, is_wanted: Callable[[str], bool] = lambda key: True) -> list[Kept]:
+        """Every readable reference whose key begins so and is wanted, in no order."""
+        return (await self.listed(prefix, is_wanted))[0]
+
+    async def listed(self, prefix: str, is_wanted: Callable[[str], bool]) -> tuple[list[Kept], list[dict[str, Any]]]:
+        """The same, and the pending records that have no reference yet: saves that some node is bringing, or died with."""
+        names = [found.key.removeprefix("refs/") async for found in self._store.list(f"refs/{prefix}")]
+        there = {key for name in names if (key := name.removesuffix(".json")) != name and is_wanted(key)}
+        awaited = {key for name in names if (key := name.removesuffix(".pending")) != name and is_wanted(key)} - there
         found: list[Kept] = []
+        pending: list[dict[str, Any]] = []
 
         async def read(key: str) -> None:
             try:
@@ -175,8 +192,15 @@ class References:
             except (ReferenceNotFound, IncompatibleReference):  # deleted meanwhile, or of a newer daemon
                 pass
 
-        await each(keys, read, READ_AT_ONCE)
-        return found
+        async def read_pending(key: str) -> None:
+            with contextlib.suppress(MissingObject, ValueError):  # it has arrived meanwhile, or is damaged
+                raw = await self._store.get(pending_key(key), MAX_REFERENCE_BYTES)
+                if _pending_json.decode(raw).key == key:
+                    pending.append(msgspec.json.decode(raw))
+
+        await each(sorted(there), read, READ_AT_ONCE)
+        await each(sorted(awaited), read_pending, READ_AT_ONCE)
+        return found, pending
 
     async def delete(self, key: str) -> None:
         """Takes the reference away, readable or not. ReferenceNotFound if there is none."""

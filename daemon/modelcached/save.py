@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from . import capture, packs
-from .errors import InvalidRequest, NoSpace, disk_errors
+from . import capture, durable, packs
+from .blobs import Blobs
+from .errors import InvalidRequest, NoSpace, SaveUnknown, disk_errors
 from .filesystems import free_bytes, gib
 from .lanes import Lanes
 from .layout import Layout
-from .model import Caller, check_links, check_paths
+from .model import Caller, Tree, TreeId, check_links, check_paths
 from .references import reference_key
 from .spool import COPIES_AT_ONCE, Entry, OpenSave, SavedFile, Spool
 from .tasks import Pool, each
+from .trees import Trees
 
 MAX_FILES = 1_000_000
 log = logging.getLogger(__name__)
@@ -32,9 +35,13 @@ Handed = tuple[str, int, bool]  # path, size in bytes, executable
 
 
 class Save:
-    def __init__(self, layout: Layout, spool: Spool, pool: Pool, lanes: Lanes, group: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, layout: Layout, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, lanes: Lanes, group: asyncio.TaskGroup
+    ) -> None:
         self._layout = layout
         self._spool = spool
+        self._blobs = blobs
+        self._trees = trees
         self._pool = pool
         self._lanes = lanes
         self._group = group
@@ -62,6 +69,31 @@ class Save:
             return Entry(name, caller.uid, now, complete, storage_format, store, is_durable, supersede, [], [], [])
 
         return self._spool.begin(make, size)
+
+    async def keep_tree(self, caller: Caller, reference: dict[str, Any], name: TreeId, store: str) -> dict[str, Any]:
+        """Saves what lies on this node already: the entry's files are further names of its blobs, so nothing is copied or hashed."""
+        tree = await self._pool.run(self._trees.load, name)
+        if tree is None:
+            raise SaveUnknown(f"the tree {name[:12]} is not on this node", "ask for it again, then save it")
+        save, alive = await self.open(caller, reference, 0, len(tree.files), "files", False, False, store)
+        try:
+            with disk_errors("saving what is here"):
+                await self._pool.run(self._link, save, tree)
+                await self._pool.run(self._spool.note_tree, save, name)
+            return await self.close(save, list(tree.links), list(tree.folders))
+        except BaseException:
+            await self.drop(save)
+            raise
+        finally:
+            os.close(alive)
+
+    def _link(self, save: OpenSave, tree: Tree) -> None:
+        for file in tree.files:
+            source = save.next_source("files")
+            blob, target = self._blobs.path(file.sha256), save.folder / source
+            if not durable.link(blob, target):
+                shutil.copyfile(blob, target)
+            save.files[file.path] = SavedFile(file.path, file.size, file.executable, source)
 
     async def take(self, save: OpenSave, files: list[Handed], descriptors: tuple[int, ...]) -> list[int]:
         """Captures large files; the positions of those that changed meanwhile."""
@@ -186,6 +218,7 @@ def _complete(save: OpenSave, links: list[tuple[str, str]], folders: list[str]) 
         "storage_format": entry.storage_format,
         "store": entry.store,
         "url": f"{entry.store}/{reference_key(entry.key)}",
+        "blocked_seconds": round(max(0.0, time.time() - entry.created), 3),
     }
 
 

@@ -124,8 +124,10 @@ class Service:
             seconds=round(time.monotonic() - start, 6),
             leased=name not in params.held,
             warnings=warnings,
+            private=got.is_private,
+            store_bytes=got.store_bytes,
         )
-        is_news = reply.leased or reply.hub_bytes > 0  # a task that asks again and again says so once
+        is_news = reply.leased or reply.hub_bytes + reply.store_bytes > 0  # a task that asks again and again says so once
         log.log(
             logging.INFO if is_news else logging.DEBUG,
             "fetch",
@@ -135,6 +137,7 @@ class Service:
                 "files": reply.files,
                 "bytes": reply.size_bytes,
                 "hub_bytes": got.hub_bytes,
+                "store_bytes": got.store_bytes,
                 "seconds": reply.seconds,
             },
         )

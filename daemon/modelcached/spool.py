@@ -221,6 +221,10 @@ class Spool:
             return None
         return TreeId(name) if is_digest(name) else None
 
+    def note_tree(self, save: OpenSave, tree: TreeId) -> None:
+        """An open save holds the bytes of blobs: nothing of it needs to be hashed."""
+        durable.record(save.folder / "tree", tree.encode(), save.folder / "tree.new")
+
     def set_tree(self, entry: Entry, tree: TreeId) -> None:
         """Everything is hashed, and every blob published."""
         folder = self._layout.spool_entry(entry.id)

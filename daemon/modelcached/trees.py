@@ -143,6 +143,11 @@ class Trees:
         """Whether a private view was opened to this caller."""
         return caller.uid in acl.granted(self._layout.view(name))
 
+    def may_enter(self, name: TreeId, caller: Caller) -> bool:
+        """Whether the view is there and this caller can read it (I8)."""
+        view = self._layout.view(name)
+        return view.exists() and (_is_open(view) or caller.uid in (0, os.geteuid()) or self.is_admitted(name, caller))
+
     def drop(self, name: TreeId, forget: Callable[[Digest], int]) -> Callable[[], int]:
         """Takes the tree and its view out of sight at once; returns the rest of the work (blocks), which tells the bytes freed.
 

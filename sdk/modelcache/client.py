@@ -63,6 +63,11 @@ class Client:
         """Who answers: the daemon's version, root, hub, pid."""
         return self._connected()[1]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether anything was asked of a daemon so far."""
+        return self._connection is not None
+
     def call(self, method: str, params: Any = None, on_progress: Optional[OnProgress] = None) -> Dict[str, Any]:
         """One request; `params` is a NamedTuple of `protocol` or None. Descriptors in the reply are closed."""
         reply = self._request(method, fields_of(params), on_progress)

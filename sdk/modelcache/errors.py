@@ -247,6 +247,7 @@ METAFLOW_NAMES: Dict[str, Tuple[Union[str, Type[Exception]], ...]] = {
     "DatastoreNotReadyException": (StoreError,),
     "UnresolvableDatastoreException": (StoreError,),
     "UnhashableValueException": (ModelcacheError, ValueError),
+    "ArgumentException": (ModelcacheError, ValueError),  # an argument of a decorator makes no sense
 }
 _made_for_metaflow: Dict[Tuple[str, bool], Any] = {}  # by name, and whether it is a MetaflowException
 
@@ -338,14 +339,30 @@ def _class_for_metaflow(name: str, theirs: Optional[type]) -> Any:
         members: Dict[str, Any] = {"__module__": __name__, "__reduce__": _reduce}
         if theirs is not None:  # with what Metaflow prints, and its own constructor would have set
             ours = [_class_for_metaflow(name, None), theirs]
-            members.update(headline="modelcache", line_no=None, source_line=None)
+            members.update(headline="modelcache", line_no=None, source_line=None, source_file=None, message=_WithHint(), __str__=_text)
         _made_for_metaflow[key] = type(name, tuple(ours), members)
     return _made_for_metaflow[key]
 
 
+class _WithHint:
+    """`message` of an error that Metaflow prints: it knows nothing of hints."""
+
+    def __get__(self, error: Any, _: Any = None) -> Any:
+        message, hint = error.__dict__["_message"], error.__dict__.get("hint")
+        return "%s\nhint: %s" % (message, hint) if hint else message
+
+    def __set__(self, error: Any, message: str) -> None:
+        error.__dict__["_message"] = message
+
+
+def _text(error: ModelcacheError) -> str:
+    return error.message
+
+
 def _reduce(error: ModelcacheError) -> Any:
     """By name: whoever unpickles it may have no Metaflow, or have it."""
-    return (_again, (type(error).__name__, error.message, error.hint, error.data))
+    message = error.__dict__.get("_message", error.message)
+    return (_again, (type(error).__name__, message, error.hint, error.data))
 
 
 def _again(name: str, message: str, hint: str, data: Dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from typing import List, Optional
+from typing import Iterable, List, Optional
 
 from . import client, progress, views
 from .connection import Connection, Reply, known_fields
@@ -59,6 +59,12 @@ def saved(key: str, hello: HelloReply) -> None:
             _has_said = True
             views.warn("%s goes with this container, so each save waits until the store has it" % hello.root)
         flush()
+
+
+def expect(keys: Iterable[str]) -> None:
+    """The next flush waits for these too: others saved them for this process."""
+    known = set(_saved)
+    _saved.extend(key for key in keys if key not in known)
 
 
 def leave() -> None:

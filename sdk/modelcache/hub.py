@@ -22,7 +22,7 @@ Folder = Union[str, "os.PathLike[str]"]
 Patterns = Union[List[str], str, None]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_DEPRECATED = {
+DEPRECATED = {
     "proxies": "The `proxies` argument is ignored in `%s`. To set up proxies, use the HTTP_PROXY / HTTPS_PROXY environment variables "
     "of the daemon, which asks the hub.",
     "resume_download": "The `resume_download` argument is deprecated and ignored in `%s`. Downloads always resume whenever possible.",
@@ -48,7 +48,7 @@ def _like_huggingface_hub(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for name, message in _DEPRECATED.items():
+        for name, message in DEPRECATED.items():
             if kwargs.pop(name, None) is not None:
                 warnings.warn(message % function.__name__, stacklevel=2)
         try:
@@ -123,8 +123,9 @@ def snapshot_download(
         DaemonNotAvailableError (ConnectionError): no daemon, and none could be started. All are a ModelcacheError.
         ValueError: an argument makes no sense (HFValidationError for the repo's id).
     """
-    request = _request(repo_id, repo_type, revision, token, headers, endpoint, force_download, local_files_only)
-    request = request._replace(allow_patterns=names.patterns_of(allow_patterns), ignore_patterns=names.patterns_of(ignore_patterns))
+    request = request_for(
+        repo_id, repo_type, revision, token, headers, endpoint, force_download, local_files_only, allow_patterns, ignore_patterns
+    )
     if dry_run:
         return _plan(request, cache_dir, local_dir)
     return _place(request, cache_dir, local_dir, tqdm_class)
@@ -236,6 +237,30 @@ def snapshot(
     except BaseException:
         fetched.lease.close()
         raise
+
+
+# What of a call's arguments goes into a request to the daemon.
+REQUEST = (
+    "repo_id", "repo_type", "revision", "token", "headers", "endpoint", "force_download", "local_files_only", "allow_patterns",
+    "ignore_patterns",
+)  # fmt: skip
+
+
+def request_for(
+    repo_id: str,
+    repo_type: Optional[str] = None,
+    revision: Optional[str] = None,
+    token: Union[bool, str, None] = None,
+    headers: Optional[Mapping[str, str]] = None,
+    endpoint: Optional[str] = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    allow_patterns: Patterns = None,
+    ignore_patterns: Patterns = None,
+) -> Fetch:
+    """What `snapshot_download` asks the daemon for."""
+    request = _request(repo_id, repo_type, revision, token, headers, endpoint, force_download, local_files_only)
+    return request._replace(allow_patterns=names.patterns_of(allow_patterns), ignore_patterns=names.patterns_of(ignore_patterns))
 
 
 def fetch(request: Fetch, tqdm_class: Optional[Any] = None) -> client.Fetched:
@@ -358,7 +383,7 @@ def _plan(request: Fetch, cache_dir: Optional[Folder], local_dir: Optional[Folde
 
 def _reporter(label: str, tqdm_class: Optional[Any]) -> Any:
     """None when nobody would see it: a warm process does not even load what draws."""
-    if tqdm_class is None and (sys.stderr is None or not sys.stderr.isatty()):
+    if tqdm_class is None and "modelcache.progress" not in sys.modules and (sys.stderr is None or not sys.stderr.isatty()):
         return None
     from . import progress
 

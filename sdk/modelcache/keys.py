@@ -22,6 +22,8 @@ from . import errors
 MODEL = "model"
 CHECKPOINT = "checkpoint"
 KINDS = (MODEL, CHECKPOINT)
+CHECKPOINTS = "mf.checkpoints"  # what keys begin with
+REPOS = "mf.huggingface_hub"
 DEFAULT_CHECKPOINT_NAME = "mfchckpt"
 MAX_NAME_BYTES = 180  # with everything around it still a file's name in a store that is a folder
 
@@ -104,16 +106,21 @@ def checkpoint_key(
     pathspec: Optional[str] = None,
     attempt: int = 0,
     folder: Optional[str] = None,
-    root_prefix: str = "mf.checkpoints",
+    root_prefix: str = CHECKPOINTS,
 ) -> str:
     """A new key. `folder` is "flow/step/scope/task id"; without it the name alone says which checkpoints belong together."""
     last = "%s.%d.%s.%d.%s" % (pathspec_hash(pathspec or ""), attempt, name, version, _new_unique())
-    return "%s/checkpoints/artifacts/%s/%s" % (root_prefix, folder or _folder_of(name), last)
+    return checkpoints_in(folder or _folder_of(name), root_prefix) + last
+
+
+def checkpoints_in(folder: str, root_prefix: str = CHECKPOINTS) -> str:
+    """What the keys of checkpoints in this "flow/step/scope/task id" begin with."""
+    return "%s/checkpoints/artifacts/%s/" % (root_prefix, folder)
 
 
 def checkpoints_of(name: str) -> str:
     """What the keys of checkpoints with this name, made outside of a task, begin with."""
-    return "mf.checkpoints/checkpoints/artifacts/%s/" % _folder_of(check_name(name, "name"))
+    return checkpoints_in(_folder_of(check_name(name, "name")))
 
 
 def pathspec_hash(pathspec: str) -> str:

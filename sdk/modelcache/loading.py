@@ -17,6 +17,7 @@ class Brought(NamedTuple):
     path: str
     reference: Dict[str, Any]  # complete, as the store has it
     lease: Optional[Lease]  # on the view at `path`, the caller's to close; None for private files
+    source: str  # the tier that the bytes came from, "store" or "disk"
 
 
 def load(reference: Any, path: Optional[Path] = None, *, store: Optional[str] = None) -> str:
@@ -58,12 +59,13 @@ def bring(reference: Any, path: Optional[Path] = None, store: Optional[str] = No
         for warning in reply.warnings:
             views.warn(warning)
         known = references.received(reply.reference)
+        source = "store" if reply.store_bytes else "disk"
         if path is not None:
-            return Brought(_put(reply.path, path), known, None)
+            return Brought(_put(reply.path, path), known, None, source)
         if views.gets_copy(reply):
-            return Brought(views.kept_copy(reply, loaded.root), known, None)
+            return Brought(views.kept_copy(reply, loaded.root), known, None, source)
         is_kept = True
-        return Brought(reply.path, known, loaded.lease)
+        return Brought(reply.path, known, loaded.lease, source)
     finally:
         if not is_kept:
             loaded.lease.close()

@@ -17,6 +17,8 @@ OnProgress = Callable[[Progress], None]
 
 _REDRAW_SECONDS = 0.1
 _SHOWN_AFTER_SECONDS = 0.2  # what is over sooner is not worth a line
+_LOGGED_SECONDS = 10.0  # between two lines in a log
+_is_logged = False
 _draw: Optional[Callable[[str], ContextManager[Optional[OnProgress]]]] = None
 
 
@@ -32,7 +34,9 @@ def reporter(label: str, tqdm_class: Optional[Any] = None) -> Optional[Reporter]
     """None when nobody wants to see anything."""
     if tqdm_class is not None:
         return Bar(label, tqdm_class)
-    return Line(label) if _is_wanted() else None
+    if _is_wanted():
+        return Line(label)
+    return Lines(label) if _is_logged and not sys.stderr.isatty() else None
 
 
 class Bar(Reporter):
@@ -90,6 +94,29 @@ class Line(Reporter):
         sys.stderr.write("\r\x1b[K" + text[: (width or 80) - 1])
         sys.stderr.flush()
         self._is_shown = True
+
+
+class Lines(Reporter):
+    """For a log: a line now and then, none for what is over soon."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._next = time.monotonic() + _LOGGED_SECONDS
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LOGGED_SECONDS
+            print("[modelcache] %s" % one_line(self._label, progress), file=sys.stderr, flush=True)
+
+    def close(self, done: bool) -> None:
+        pass
+
+
+def draw_in_log() -> None:
+    """From now on what takes long says so in the log, where there is no terminal: a task of a flow."""
+    global _is_logged
+    _is_logged = True
 
 
 def draw_with(draw: Callable[[str], ContextManager[Optional[OnProgress]]]) -> None:

@@ -119,6 +119,8 @@ class FetchReply(NamedTuple):
     seconds: float
     leased: bool  # False: the caller said it holds one
     warnings: List[str] = []
+    private: bool = False  # or gated: the hub accepted the caller's token for it
+    store_bytes: int = 0  # how many came from the store instead, where other nodes had put them
 
 
 class PlanReply(NamedTuple):
@@ -211,6 +213,14 @@ class SaveOpened(NamedTuple):
     save: str  # names the save in the messages below
 
 
+class SaveTree(NamedTuple):
+    """Saves what this node shows already, and the caller holds a lease on: no byte is copied (method `save_tree`). Reply: SaveClosed."""
+
+    reference: Dict[str, Any]  # as in SaveOpen
+    tree: str
+    store: Optional[str] = None
+
+
 class SaveFiles(NamedTuple):
     """Hands over files, one descriptor each, read-only (method `save_files`). Reply: SaveFilesReply, when they are captured.
 
@@ -277,9 +287,10 @@ class LoadReply(NamedTuple):
 
 
 class References(NamedTuple):
-    """What was saved, newest first (method `references`). Reply: {"references": [...], "pending": [their keys]}.
+    """What was saved, newest first (method `references`).
 
-    Pending are those of the caller, saved on this node, that the store has not confirmed.
+    Reply: {"references": [...], "pending": [their keys], "elsewhere": [...]}. Pending are those of the caller, saved on this node,
+    that the store has not confirmed; elsewhere is what other nodes have announced, in the words of their pending records.
     """
 
     prefix: str = ""  # of the key
@@ -287,6 +298,7 @@ class References(NamedTuple):
     name: Optional[str] = None  # a model's label, a checkpoint's name
     store: Optional[str] = None
     limit: int = 10_000
+    last: str = ""  # is in the key's last component; others are not even read
 
 
 class DeleteReference(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from . import artifacts, client, keys
 from .metadata import decode
@@ -42,6 +42,25 @@ def delete(reference: Any, *, store: Optional[str] = None) -> None:
     """
     fields = artifacts.as_reference(reference)
     client.shared().call("delete", DeleteReference(fields["key"], store or fields.get("store")))
+
+
+def of_task(prefix: str, pathspec: Optional[str] = None, name: Optional[str] = None, store: Optional[str] = None) -> List[Dict[str, Any]]:
+    """Checkpoints whose keys begin so, newest first; those that this task made, of this name."""
+    return and_awaited(prefix, pathspec, name, store)[0]
+
+
+def and_awaited(
+    prefix: str, pathspec: Optional[str] = None, name: Optional[str] = None, store: Optional[str] = None
+) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """The same, and what other nodes are still bringing to the store: their pending records, newest first."""
+    last = ".%s." % name if name is not None and pathspec is None else ""
+    if pathspec is not None:
+        last = keys.pathspec_hash(pathspec) + "."
+    reply = client.shared().call("references", References(prefix, keys.CHECKPOINT, name, store, last=last))
+    found, awaited = (
+        [each for each in reply.get(part, ()) if pathspec in (None, each.get("pathspec"))] for part in ("references", "elsewhere")
+    )
+    return [received(each) for each in found], awaited
 
 
 def received(reference: Dict[str, Any]) -> Dict[str, Any]:

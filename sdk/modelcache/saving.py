@@ -6,12 +6,12 @@ import os
 from typing import Any, Dict, Optional, Tuple, Union
 
 from . import client, flushing, keys, progress, references, views, walk
-from .connection import Connection
+from .connection import Connection, known_fields
 from .errors import NotSaveableError
 from .handover import Handover
 from .metadata import encode, plain
 from .patience import GONE, Moved, Patience
-from .protocol import HelloReply, References, SaveOpen
+from .protocol import HelloReply, References, SaveClosed, SaveOpen, SaveTree
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -94,13 +94,19 @@ def model_reference(path: Path, label: Optional[str] = None, pathspec: Optional[
     }
 
 
-def checkpoint_reference(name: str, pathspec: Optional[str] = None, attempt: int = 0, folder: Optional[str] = None) -> Dict[str, Any]:
-    """What a new reference to a checkpoint says. `folder`: see `keys.checkpoint_key`."""
+def checkpoint_reference(
+    name: str,
+    pathspec: Optional[str] = None,
+    attempt: int = 0,
+    folder: Optional[str] = None,
+    root_prefix: str = keys.CHECKPOINTS,
+) -> Dict[str, Any]:
+    """What a new reference to a checkpoint says. `folder`, `root_prefix`: see `keys.checkpoint_key`."""
     keys.check_name(name, "name")
     version = keys.next_version()
     return {
         "type": keys.CHECKPOINT,
-        "key": keys.checkpoint_key(name, version, pathspec, int(attempt), folder),
+        "key": keys.checkpoint_key(name, version, pathspec, int(attempt), folder, root_prefix),
         "name": name,
         "pathspec": pathspec,
         "pathspec_hash": keys.pathspec_hash(pathspec or ""),
@@ -130,6 +136,19 @@ def keep(
     request = SaveOpen(draft, 0, 0, storage_format, bool(durable), bool(supersede), store)
     with walk.Source(os.fsdecode(path), follow_links) as source:
         return _Saving(source, request).run()
+
+
+def keep_tree(tree: str, reference: Dict[str, Any], metadata: Optional[Dict[str, Any]], store: Optional[str] = None) -> Dict[str, Any]:
+    """Saves what this node shows already, under a reference as in `keep`: no byte moves. The caller holds a lease on `tree`."""
+    draft = {**reference, "metadata": encode(plain(metadata)), "storage_format": "files"}
+
+    def attempt(connection: Connection, hello: HelloReply) -> Tuple[Dict[str, Any], HelloReply]:
+        reply = connection.request("save_tree", client.fields_of(SaveTree(draft, tree, store)))
+        return known_fields(SaveClosed, reply.result).reference, hello
+
+    kept, hello = client.shared().session(attempt)
+    flushing.saved(str(draft["key"]), hello)
+    return references.received(kept)
 
 
 class _Saving:
