@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 import modelcache
-from modelcache import cli, errors
+from modelcache import checkpoints, cli, errors, loaded, models, shared_repos
 from modelcached.config import SETTINGS
 
 from .conftest import ROOT
+from .daemon import clean_environment
 
 API = (ROOT / "docs" / "api.md").read_text()
 README = (ROOT / "README.md").read_text()
+METAFLOW = API.partition("\n## Metaflow\n")[2].partition("\n## ")[0]
+DECORATORS_OWN = {"begin", "load_artifacts", "load_repos", "keys"}  # of what `current` has: for the decorators, not for steps
+EXTENSION = """
+import json, metaflow
+from metaflow.plugins import STEP_DECORATORS
+from metaflow_extensions.modelcache.toplevel import toplevel
+found = {each.name: each.defaults for each in STEP_DECORATORS if each.__module__.startswith("metaflow_extensions.modelcache")}
+print(json.dumps([found, [name for name in toplevel.__all__ if not name.startswith("_")]]))
+"""
 
 
 def _spelt(name: str, function: Any) -> str:
     """A signature as the documents write it: names and defaults, no types."""
     words, has_star = [], False
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            words.append(f"**{parameter.name}")
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not has_star:
             words.append("*")
             has_star = True
@@ -54,6 +72,46 @@ def test_every_field_of_a_new_reference_has_its_row() -> None:
 
     new = {*saving.model_reference("x"), *saving.checkpoint_reference("x")}
     assert new and new <= documented_fields()
+
+
+@pytest.mark.parametrize(
+    ("called", "kind"),
+    [
+        ("current.checkpoint", checkpoints.CurrentCheckpoint),
+        ("current.model", models.CurrentModel),
+        ("current.huggingface_hub", shared_repos.CurrentHuggingfaceHub),
+    ],
+)
+def test_everything_a_step_has_is_documented(called: str, kind: type) -> None:
+    names = {name: value for name, value in inspect.getmembers(kind) if not name.startswith("_") and name not in DECORATORS_OWN}
+    assert names
+    for name, value in names.items():
+        spelt = _spelt(f"{called}.{name}", value) if inspect.isfunction(value) else f"{called}.{name}"
+        assert f"`{spelt}`" in METAFLOW
+
+
+def test_what_metaflow_has_at_its_top_is_documented() -> None:
+    """In a process of its own: what is imported beside Metaflow changes, for one its exceptions."""
+    decorators, names = json.loads(
+        subprocess.run([sys.executable, "-c", EXTENSION], env=clean_environment(), cwd="/", capture_output=True, check=True).stdout
+    )
+    for called, value in (
+        ("Checkpoint", checkpoints.Checkpoint),
+        ("Checkpoint.save", checkpoints.Checkpoint.save),
+        ("load_model", models.load_model),
+        ("delete_model", models.delete_model),
+        ("loaded.cleanup", loaded.Loaded.cleanup),
+    ):
+        assert f"`{_spelt(called, value)}`" in METAFLOW
+    for name in names:
+        assert re.search(rf"`{name}\b", METAFLOW), name
+    rows = re.findall(r"^\| `?@?(\w+)`? \| `(\w+)` \| .* \| `([^`]*)` \|$", METAFLOW, re.M)
+    documented = {name: {argument: default for of, argument, default in rows if of in (name, "each")} for name in decorators}
+    spelt = {
+        name: {each: json.dumps(value) if isinstance(value, str) else repr(value) for each, value in its.items()}
+        for name, its in decorators.items()
+    }
+    assert spelt == documented
 
 
 def test_every_error_is_documented() -> None:
@@ -93,7 +151,8 @@ def test_readme_has_the_two_commands() -> None:
 def test_readme_names_settings_that_there_are() -> None:
     table = README.partition("| setting | is | default |\n")[2].partition("\n\n")[0]
     named = re.findall(r"^\| `(\w+)`", table, re.M)
-    assert named == [name for name in SETTINGS if name.startswith("store")]
+    assert [name for name in named if name.startswith("store")] == [name for name in SETTINGS if name.startswith("store")]
+    assert set(named) <= set(SETTINGS)
 
 
 def documented_fields() -> set[str]:
