@@ -17,6 +17,7 @@ from modelcache import artifacts, errors
 from .conftest import ROOT
 
 NAMES = """
+ArgumentException
 CheckpointException CheckpointNotAvailableException LoadingException ModelException KeyNotFoundError KeyNotCompatibleException
 KeyNotCompatibleWithObjectException IncompatibleObjectTypeException DatastoreReadInitException DatastoreWriteInitException
 DatastoreNotReadyException UnhashableValueException UnresolvableDatastoreException
@@ -27,10 +28,10 @@ STAND_IN = """
 class MetaflowException(Exception):
     headline = "Flow failed"
 
-    def __init__(self, msg="", lineno=None, source_line=None):
+    def __init__(self, msg="", lineno=None, source_file=None):
         self.message = msg
         self.line_no = lineno
-        self.source_line = source_line
+        self.source_file = source_file
         super().__init__()
 """
 
@@ -82,10 +83,11 @@ for name, plain in before.items():
     assert issubclass(kind, MetaflowException) and issubclass(kind, plain) and not issubclass(plain, MetaflowException), name
     assert kind is getattr(errors, name) and kind.__name__ == name
     made = kind("what", "do this", {"key": 1})
-    assert (made.headline, made.message, made.line_no, made.source_line) == ("modelcache", "what", None, None)
+    whole = "what\\nhint: do this"  # Metaflow prints the message alone
+    assert (made.headline, made.message, made.line_no, made.source_file) == ("modelcache", whole, None, None)
     again = pickle.loads(pickle.dumps(made))
-    assert (type(again), again.message, again.hint, again.data) == (kind, "what", "do this", {"key": 1})
-    assert str(made) == "what\\nhint: do this"
+    assert (type(again), again.message, again.hint, again.data) == (kind, whole, "do this", {"key": 1})
+    assert str(made) == str(again) == whole
 missing = errors.from_wire({"message": "m", "data": {"name": "reference_not_found"}})
 try:
     raise missing

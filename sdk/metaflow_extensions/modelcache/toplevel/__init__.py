@@ -1,0 +1,3 @@
+"""Metaflow copies the public names of the module named here."""
+
+toplevel = "toplevel"
