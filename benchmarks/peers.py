@@ -39,7 +39,7 @@ class Worker:
     """A process that has imported what it needs, and makes one call after another (worker.py)."""
 
     def __init__(self, side: str, environment: Mapping[str, str], python: Path | str = sys.executable) -> None:
-        command = [str(python), str(Path(__file__).with_name("worker.py")), side]
+        command = [str(python), "-P", str(Path(__file__).with_name("worker.py")), side]  # beside it lies a metaflow.py
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=dict(environment), stdin=pipe, stdout=pipe, text=True, cwd="/")
         self._answer()

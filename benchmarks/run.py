@@ -18,28 +18,32 @@ from typing import Any
 
 from modelcached import __version__
 
-from . import fetch, save
+from . import fetch, metaflow, save
 from .peers import MissingPeer
 from .processes import ROOT
 from .report import Row, table, write_into
 
 RESULTS = Path(__file__).with_name("results.json")
-WHOLE = ("fetch", "save")
+WHOLE = ("fetch", "save", "metaflow")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, help=f"of what takes long (fetch: {fetch.ROUNDS}, save: {save.ROUNDS})")
+    rounds = f"fetch: {fetch.ROUNDS}, save: {save.ROUNDS}, metaflow: {metaflow.ROUNDS}"
+    parser.add_argument("--rounds", type=int, help=f"of what takes long ({rounds})")
+    parser.add_argument(
+        "--size", type=int, metavar="MIB", help=f"of what flows keep and fetch ({metaflow.MEBIBYTES}); another is not written down"
+    )
     parser.add_argument("--only", choices=[*WHOLE, *save.PARTS], help="one benchmark; of a part of `save` nothing is written down")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     try:
-        found = _measure(options.only, options.rounds)
+        found = _measure(options.only, options.rounds, options.size)
     except MissingPeer as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(_text(found))
-    if not options.dry and options.only not in save.PARTS:
+    if not options.dry and options.size is None and options.only not in save.PARTS:
         everything = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **found}
         RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
         if not write_into(ROOT / "README.md", _text(everything)):
@@ -47,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def _measure(only: str | None, rounds: int | None) -> dict[str, dict[str, Any]]:
+def _measure(only: str | None, rounds: int | None, size: int | None) -> dict[str, dict[str, Any]]:
     """Facts and rows of each benchmark, as results.json keeps them."""
     if importlib.util.find_spec("huggingface_hub") is None:
         raise MissingPeer("huggingface_hub is not installed: pip install 'modelcached[daemon]'")
@@ -56,10 +60,14 @@ def _measure(only: str | None, rounds: int | None) -> dict[str, dict[str, Any]]:
         found["fetch"] = _facts()
         rows, facts = fetch.measure(rounds or fetch.ROUNDS)
         found["fetch"] |= {**facts, "rows": [row.to_json() for row in rows]}
-    if only != "fetch":
+    if only not in ("fetch", "metaflow"):
         found["save"] = _facts()
         rows, facts = save.measure(rounds or save.ROUNDS, only if only in save.PARTS else "")
         found["save"] |= {**facts, "rows": [row.to_json() for row in rows]}
+    if only in (None, "metaflow"):
+        found["metaflow"] = _facts()
+        rows, facts = metaflow.measure(rounds or metaflow.ROUNDS, size or metaflow.MEBIBYTES)
+        found["metaflow"] |= {**facts, "rows": [row.to_json() for row in rows]}
     return found
 
 
@@ -77,7 +85,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _text(found: dict[str, dict[str, Any]]) -> str:
-    notes = {"fetch": _fetch_note, "save": _save_note}
+    notes = {"fetch": _fetch_note, "save": _save_note, "metaflow": _metaflow_note}
     shown = [(found[name], notes[name]) for name in WHOLE if name in found]
     return "\n\n".join(f"{table([Row.from_json(row) for row in facts['rows']])}\n\n{note(facts)}" for facts, note in shown)
 
@@ -97,6 +105,14 @@ def _save_note(facts: dict[str, Any]) -> str:
         f"{facts['seaweedfs']} on the same cores. Sources and the server's files lie in the page cache, and the disk has nothing left to "
         "write when something begins. Ours hashes and syncs what it keeps, and verifies what it brings; no peer does. "
         "While the training loop is measured, the server gets only what nobody else wants of the cores."
+    )
+
+
+def _metaflow_note(facts: dict[str, Any]) -> str:
+    return (
+        f"{_how(facts)} The peer is metaflow-checkpoint {facts['metaflow-checkpoint']}; both under Metaflow {facts['metaflow']}, "
+        "with an empty cache and an empty datastore in every run. A step's seconds are its task's, with the interpreter's start and "
+        "the wait for the store. The disk is the node's: with a local datastore what that holds counts, with S3 it does not."
     )
 
 
