@@ -65,8 +65,9 @@ $(VENV)/bench: $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --requirement $@.txt
 	@touch $@
 
-lowest: $(VENV)-lowest/installed packages ## the quick tests with the lowest versions that pyproject.toml allows
+lowest: $(VENV)-lowest/installed packages ## the quick tests, and flows, with the lowest versions that pyproject.toml allows
 	$(VENV)-lowest/bin/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
+	$(VENV)-lowest/bin/python -m pytest -m "slow and not soak" tests/test_metaflow_cards.py tests/test_metaflow_keeping.py $(PYTEST_ARGS)
 
 $(VENV)-lowest/installed: $(INSTALLED) .ci/lowest
 	@$(BIN)/python .ci/lowest > $(VENV)/lowest.txt
