@@ -2,6 +2,7 @@
 
     <prefix>/(models|checkpoints)/artifacts/<rest>                       a tar ("tar"), or the folder of its files ("files")
     <prefix>/(models|checkpoints)/artifact_metadata/<rest>.metadata      its reference, in JSON
+    <prefix>/checkpoints/artifact_metadata/<folder>/latest               the reference that a later task begins with
 
 Nothing of it has a checksum: that all of it is there is known from the size in its reference alone.
 """
@@ -32,6 +33,7 @@ SECRETS = ("token", "use_auth_token")  # huggingface_hub's arguments were kept a
 HUB_PREFIX = "mf.huggingface_hub/"
 HUB_BOOKKEEPING = ".cache/huggingface/"  # huggingface_hub's own, which was saved with a repo's files
 RECORD_SUFFIX = ".metadata"
+LATEST_SUFFIX = "/latest"
 READ_AT_ONCE = 32
 _DATASTORE = re.compile(r"(file:///.+|s3://[^/]+(?:/.+)?)/modelcached")
 _KEY = re.compile(r"((?:.+?/)?(?:models|checkpoints))/artifacts/(.+)", re.DOTALL)  # the first of the two words says which
@@ -89,11 +91,15 @@ async def find(store: Store, key: str) -> Found | None:
 
 
 async def listed(store: Store, prefix: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """The references of old artifacts whose keys begin so, in no order: those that can be read. A prefix of several kinds has none."""
+    """The references of old artifacts whose keys begin so, in no order: those that can be read. A prefix of several kinds has none.
+
+    A checkpoint's `latest` says whether a task may begin with it. The package noted that down of the last one only.
+    """
     if "/artifacts/" not in prefix:
         return []
     records = prefix.replace("/artifacts/", "/artifact_metadata/", 1)
     found: list[dict[str, Any]] = []
+    latest: set[str] = set()
 
     async def read(key: str) -> None:
         with contextlib.suppress(IncompatibleReference):
@@ -101,13 +107,25 @@ async def listed(store: Store, prefix: str, is_wanted: Callable[[str], bool]) ->
             if old is not None:
                 found.append(old.reference)
 
+    async def read_latest(name: str) -> None:
+        with contextlib.suppress(StoreProblem, ValueError, TypeError, LookupError, RecursionError):  # missing, damaged: nothing is
+            latest.add(str(json.loads(await store.get(name, MAX_RECORD_BYTES))["key"]))
+
     try:
-        names = [part.key async for part in store.list(records) if part.key.endswith(RECORD_SUFFIX)]
+        names = [part.key async for part in store.list(records)]
     except StoreDenied as error:
         log.warning("old artifacts can't be listed", extra={"prefix": prefix, "error": error.message})
         return []
-    keys = [name.removesuffix(RECORD_SUFFIX).replace("/artifact_metadata/", "/artifacts/", 1) for name in names]
-    await each([key for key in keys if is_wanted(key)], read, READ_AT_ONCE)
+    keys = [
+        name.removesuffix(RECORD_SUFFIX).replace("/artifact_metadata/", "/artifacts/", 1) for name in names if name.endswith(RECORD_SUFFIX)
+    ]
+    keys = [key for key in keys if is_wanted(key)]
+    folders = {str(record_key(key)).rpartition("/")[0] + LATEST_SUFFIX for key in keys}
+    await each(sorted(folders.intersection(names)), read_latest, READ_AT_ONCE)
+    await each(keys, read, READ_AT_ONCE)
+    for reference in found:
+        if reference.get("type") == "checkpoint":
+            reference["latest"] = reference["key"] in latest
     return found
 
 
