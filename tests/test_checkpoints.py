@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
+from modelcache import loading
+from modelcache.client import Client
+from modelcache.errors import ReferenceNotFoundError
+from modelcache.protocol import Load, Progress
 from modelcache.tasks import IDENTIFIER_VARIABLE, TASK_VARIABLE, UID_VARIABLE, Task, of_environment
 
 from .daemon import Daemon
 from .saves import fill
+from .test_cli import run
 
 TASK = Task("Flow", "1", "train", "2", "a92ae9615600", "bfa8ee162568", branch="0/3")
 SAVE = """
@@ -118,6 +126,40 @@ def test_the_next_attempt_begins_on_another_node(tmp_path: Path, nodes: tuple[Da
     reference.write_text(json.dumps({**kept, "tree": "0" * 64}))
     found, errors = said(start(there, retry, BEGIN, "fresh"))
     assert found == [{"number": 1}, files] and f"skipping {second['key']}: " in errors
+
+
+@pytest.mark.timeout(60)
+def test_a_load_waits_for_what_another_node_is_bringing(tmp_path: Path, nodes: tuple[Daemon, Daemon]) -> None:
+    here, there = nodes
+    saved = save(here, TASK, fill(tmp_path / "out", {"weights": b"w"}), 1)
+    reference = tmp_path / "store/refs" / f"{saved['key']}.json"
+    aside = tmp_path / "aside.json"
+    os.replace(reference, aside)
+    client, request = Client(there.socket), Load(saved["key"])
+    with closing(client), ThreadPoolExecutor() as threads:
+        with pytest.raises(ReferenceNotFoundError, match="no save has the key") as found:
+            loading.when_there(client, request, None)
+        assert "pending" not in found.value.data
+
+        announced = {"format": 1, "key": saved["key"], "node": "far", "created_on": saved["created_on"]}
+        reference.with_suffix(".pending").write_text(json.dumps(announced))
+        shown: queue.Queue[Progress] = queue.Queue()
+        waiting = threads.submit(loading.when_there, client, request, shown.put)
+        while (progress := shown.get(timeout=30)).phase != "paused":
+            pass
+        assert progress.message == f"{saved['key']} is not in the store yet: node far has been bringing it since {saved['created_on']}"
+        os.replace(aside, reference)
+        loaded = waiting.result(timeout=30)
+        assert os.listdir(loaded.reply.path) == ["weights"] and loaded.reply.reference["metadata"] == {"number": 1}
+        loaded.lease.close()
+
+    os.replace(reference, aside)
+    environment = {**there.environment, "MODELCACHE_PENDING_SECONDS": "0"}
+    ran = run(environment, "load", saved["key"])
+    assert ran.returncode == 3 and "node far has been bringing it since" in ran.stderr and "hint: " in ran.stderr
+    code = "import sys; from modelcache.models import load_model; load_model(sys.argv[1], 'nowhere')"
+    failed = start(there, TASK, code, saved["key"], MODELCACHE_PENDING_SECONDS="0.1").communicate(timeout=30)[1]
+    assert "KeyNotFoundError" in failed and "node far has been bringing it since" in failed
 
 
 def read_line(stream: IO[str]) -> str:

@@ -93,10 +93,10 @@ class Loader:
             if lost is not None:
                 raise lost from None
             old = await self._converter.get(key, store_url, report)
-            if old is None:
-                raise
-            await self._show(old.name, old.tree)
-            return Loaded(old.name, old.tree, old.reference, old.store_bytes)
+            if old is not None:
+                await self._show(old.name, old.tree)
+                return Loaded(old.name, old.tree, old.reference, old.store_bytes)
+            kept = await References(store).get_late(key)
         place = (kept.tree, store_url)
         assembly = self._assemblies.board(place, lambda: Assembly(self, kept.tree, store))
         meter, before = assembly.meter, assembly.meter.received_bytes

@@ -62,6 +62,7 @@ class _PendingJson(msgspec.Struct):
     format: int
     key: str
     node: str = ""
+    created_on: str = ""
 
 
 class _NamingJson(msgspec.Struct):
@@ -165,6 +166,24 @@ class References:
         except MissingObject:
             raise _not_found(key) from None
         return _kept(raw, key)
+
+    async def get_late(self, key: str) -> Kept:
+        """What `get` did not find, if it has arrived by now. ReferenceNotFound has `pending` in its data if a node is bringing it."""
+        try:
+            record: _PendingJson | None = _pending_json.decode(await self._store.get(pending_key(key), MAX_REFERENCE_BYTES))
+        except (MissingObject, msgspec.MsgspecError):
+            record = None
+        try:  # only now: who brings it takes the record away when the reference is there
+            return await self.get(key)
+        except ReferenceNotFound:
+            if record is None or record.key != key:
+                raise
+            raise ReferenceNotFound(
+                f"{key} is not in the store yet: node {record.node} has been bringing it since {record.created_on}",
+                f"it is there as soon as that node's daemon has sent it: modelcache status on {record.node} says what holds it up",
+                key=key,
+                pending={"node": record.node, "created_on": record.created_on},
+            ) from None
 
     async def record(self, name: TreeId, pool: Pool) -> Record:
         """A tree's record; IncompatibleReference if it is not there, or not sound. A large one takes long to read: a thread does it."""

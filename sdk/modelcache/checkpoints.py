@@ -20,8 +20,6 @@ Path = Union[str, "os.PathLike[str]"]
 
 POLICIES = ("fresh", "eager", "none")
 DECORATOR = "checkpoint"
-_PENDING_SECONDS = 120.0
-_POLL_SECONDS = 0.5  # a store sends no events
 
 
 class Checkpoint:
@@ -223,7 +221,7 @@ class CurrentCheckpoint(Checkpoint):
 
     def _settled(self, policy: str) -> List[Dict[str, Any]]:
         """What may be loaded, best first, when nothing better is on its way from another node, or that takes too long."""
-        end = time.monotonic() + pending_seconds()
+        end = time.monotonic() + loading.pending_seconds()
         has_said = False
         while True:
             found, awaited = candidates(self._task, policy)
@@ -234,7 +232,7 @@ class CurrentCheckpoint(Checkpoint):
             if not has_said:
                 has_said = True
                 tasks.say(DECORATOR, "waiting for %s, which %s is bringing to the store" % (better[0]["key"], better[0].get("node")))
-            time.sleep(_POLL_SECONDS)
+            time.sleep(loading.POLL_SECONDS)
         for each in better:
             tasks.say(DECORATOR, "skipping %s: %s has not brought it to the store yet" % (each["key"], each.get("node")))
         return found
@@ -298,12 +296,6 @@ def _created(each: Dict[str, Any]) -> float:
         return datetime.datetime.fromisoformat(str(each.get("created_on"))).timestamp()
     except ValueError:
         return 0.0
-
-
-def pending_seconds() -> float:
-    """How long a task waits for a checkpoint that another node is bringing."""
-    text = os.environ.get("MODELCACHE_PENDING_SECONDS", "")
-    return float(text) if text else _PENDING_SECONDS
 
 
 def _prefix(flow: str, step: str) -> str:

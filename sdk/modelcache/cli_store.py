@@ -7,7 +7,7 @@ import os
 from datetime import datetime
 from typing import Any, Dict, List, NamedTuple, Optional
 
-from . import artifacts, cli_daemon, flushing, views
+from . import artifacts, cli_daemon, flushing, loading, views
 from .cli_pull import NOT_SHOWN, check_target, put
 from .cli_repos import ago
 from .cli_show import DAMAGED, OK, Show, UsageError, count, plain, seconds, size
@@ -28,7 +28,8 @@ def load(asked: argparse.Namespace, show: Show) -> int:
         check_target(target)
     key = wanted["key"]
     with show.progress(key.rpartition("/")[2]) as reporter:
-        loaded = connected.load(Load(key, asked.store or wanted.get("store"), purpose="modelcache load"), reporter)
+        request = Load(key, asked.store or wanted.get("store"), purpose="modelcache load")
+        loaded = loading.when_there(connected, request, reporter)
     reply = loaded.reply
     views.check_visible(reply, loaded.root)
     for warning in reply.warnings:

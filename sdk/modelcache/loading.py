@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Dict, NamedTuple, Optional, Union
+import time
+from typing import Any, Callable, Dict, NamedTuple, Optional, Union
 
 from . import artifacts, client, progress, references, views
+from .errors import ReferenceNotFoundError
 from .leases import Lease
-from .protocol import Load
+from .protocol import Load, Progress
 
 Path = Union[str, "os.PathLike[str]"]
+
+POLL_SECONDS = 0.5  # a store sends no events
+_PENDING_SECONDS = 120.0
 
 
 class Brought(NamedTuple):
@@ -34,7 +39,8 @@ def load(reference: Any, path: Optional[Path] = None, *, store: Optional[str] = 
         forks; see `snapshot_download` for who gets private copies instead.
 
     Raises:
-        ReferenceNotFoundError (KeyError): nothing was saved under this key, or it was deleted.
+        ReferenceNotFoundError (KeyError): nothing was saved under this key, or it was deleted; or another node is still bringing it
+            to the store, and `data["pending"]` says which and since when: for that it waits, MODELCACHE_PENDING_SECONDS at most.
         IncompatibleReferenceError (ValueError): not a reference, or one that this version can't read.
         StoreUnavailableError (ConnectionError), StoreDeniedError (PermissionError), StoreNotAllowedError (ValueError).
         ViewNotVisibleError, NoSpaceError, DaemonNotAvailableError: as in `snapshot_download`.
@@ -43,8 +49,13 @@ def load(reference: Any, path: Optional[Path] = None, *, store: Optional[str] = 
     return bring(reference, path, store).path  # the lease is never closed: the path is good as long as this process lives
 
 
-def bring(reference: Any, path: Optional[Path] = None, store: Optional[str] = None) -> Brought:
-    """`load` for a caller who wants to know more, and to give the view back."""
+def bring(
+    reference: Any, path: Optional[Path] = None, store: Optional[str] = None, new_folder: Optional[Callable[[], str]] = None
+) -> Brought:
+    """`load` for a caller who wants to know more, and to give the view back.
+
+    Where the caller gets private files for it, they are those of the whole process; with `new_folder` a copy of the caller's own, there.
+    """
     fields = artifacts.as_reference(reference)
     request = Load(
         key=fields["key"],
@@ -52,7 +63,7 @@ def bring(reference: Any, path: Optional[Path] = None, store: Optional[str] = No
         purpose=os.path.basename(sys.argv[0] if sys.argv else "")[:200],  # not the arguments: they may hold secrets
     )
     with progress.shown(fields["key"].rpartition("/")[2]) as on_progress:
-        loaded = client.shared().load(request, on_progress)
+        loaded = when_there(client.shared(), request, on_progress)
     reply, is_kept = loaded.reply, False
     try:
         views.check_visible(reply, loaded.root)
@@ -63,12 +74,36 @@ def bring(reference: Any, path: Optional[Path] = None, store: Optional[str] = No
         if path is not None:
             return Brought(_put(reply.path, path), known, None, source)
         if views.gets_copy(reply):
-            return Brought(views.kept_copy(reply, loaded.root), known, None, source)
+            copy = views.kept_copy(reply, loaded.root) if new_folder is None else _put(reply.path, new_folder())
+            return Brought(copy, known, None, source)
         is_kept = True
         return Brought(reply.path, known, loaded.lease, source)
     finally:
         if not is_kept:
             loaded.lease.close()
+
+
+def when_there(connected: client.Client, request: Load, on_progress: Optional[progress.OnProgress]) -> client.Loaded:
+    """Loads, and waits before that for what another node is still bringing to the store."""
+    end = time.monotonic() + pending_seconds()
+    while True:
+        try:
+            return connected.load(request, on_progress)
+        except ReferenceNotFoundError as error:
+            if "pending" not in error.data or time.monotonic() >= end:
+                raise
+            if on_progress is not None:
+                on_progress(Progress("paused", message=error.message))
+        time.sleep(POLL_SECONDS)
+
+
+def pending_seconds() -> float:
+    """How long to wait for what another node is bringing."""
+    text = os.environ.get("MODELCACHE_PENDING_SECONDS", "")
+    try:
+        return float(text) if text else _PENDING_SECONDS
+    except ValueError:
+        raise ValueError("MODELCACHE_PENDING_SECONDS is a number of seconds, not %r" % text) from None
 
 
 def _put(view: str, path: Path) -> str:
