@@ -18,7 +18,7 @@ _combined: Dict[Type[errors.ModelcacheError], Type[errors.ModelcacheError]] = {}
 
 def as_theirs(error: errors.ModelcacheError) -> errors.ModelcacheError:
     """The same error, also an instance of huggingface_hub's class of that name if it is imported here."""
-    module = sys.modules.get("huggingface_hub.errors")
+    module = sys.modules.get("huggingface_hub.errors") or sys.modules.get("huggingface_hub.utils")  # where older ones have them
     kind = type(error)
     theirs = getattr(module, _THEIR_NAMES.get(kind.__name__, kind.__name__), None)
     if theirs is None or isinstance(error, theirs):

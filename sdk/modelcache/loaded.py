@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import folders, loading, tasks
 from .leases import Lease
@@ -82,15 +82,24 @@ class Loaded(Mapping):  # type: ignore[type-arg]  # not subscriptable in Python 
 
 
 def put(
-    reference: Any, path: Optional[str], called: str, temp_dir_root: Optional[str], store: Optional[str]
+    reference: Any, path: Optional[str], called: str, temp_dir_root: Optional[str], store: Optional[str], for_block: bool = False
 ) -> Tuple[Place, loading.Brought]:
-    """Loads to `path`; without one to a folder of its own below `temp_dir_root`; without that it is the shared view."""
-    if path is None and temp_dir_root is not None:
-        folder = folders.make(called, temp_dir_root)
-        try:
-            return Place(folder, None, True), loading.bring(reference, folder, store)
-        except BaseException:
+    """Loads to `path`; without one to a folder of its own below `temp_dir_root`; without that it is the shared view.
+
+    Who gets private files instead of the view gets those of the whole process, which end with it; `for_block`, files of the place's own.
+    """
+    made: List[str] = []
+
+    def make() -> str:
+        made.append(folders.make(called, temp_dir_root))
+        return made[0]
+
+    try:
+        if path is None and temp_dir_root is not None:
+            return Place(make(), None, True), loading.bring(reference, made[0], store)
+        brought = loading.bring(reference, path, store, make if for_block else None)
+        return Place(brought.path if path is None else os.fspath(path), brought.lease, bool(made)), brought
+    except BaseException:
+        for folder in made:
             folders.remove(folder)
-            raise
-    brought = loading.bring(reference, path, store)
-    return Place(brought.path if path is None else os.fspath(path), brought.lease), brought
+        raise

@@ -60,7 +60,7 @@ class CurrentHuggingfaceHub:
     @contextlib.contextmanager
     def _loading(self, arguments: Dict[str, Any], path: Optional[str]) -> Iterator[str]:
         found = self._find(arguments)
-        place, _ = self._put(arguments, found, path)
+        place, _ = self._put(arguments, found, path, for_block=True)
         try:
             yield place.path
         finally:
@@ -146,10 +146,12 @@ class CurrentHuggingfaceHub:
         finally:
             fetched.lease.close()
 
-    def _put(self, arguments: Dict[str, Any], found: Found, path: Optional[str]) -> Tuple[Place, Dict[str, Any]]:
+    def _put(
+        self, arguments: Dict[str, Any], found: Found, path: Optional[str], for_block: bool = False
+    ) -> Tuple[Place, Dict[str, Any]]:
         reference = found.reference
         store = checkpoints.store_of(reference, self._task)
-        place, brought = loaded.put(reference, path, _FOLDER % reference["name"], self._temp_dir_root, store)
+        place, brought = loaded.put(reference, path, _FOLDER % reference["name"], self._temp_dir_root, store, for_block)
         text = "Loading model from datastore to %s. Model being loaded: %s"
         tasks.say(DECORATOR, text % (place.path, reference["key"]))
         self._note(arguments, found, found.source or brought.source, place)

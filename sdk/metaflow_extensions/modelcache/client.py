@@ -1,14 +1,32 @@
-"""What only Metaflow knows of tasks that are over, and of datastores."""
+"""What only Metaflow knows of tasks that are over, of datastores, and of code packages."""
 
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from typing import Any, Dict, List, Optional
 
+import modelcache
 from modelcache import checkpoints
 from modelcache.errors import ArgumentException
 
 SUPPORTED = ("local", "s3")
+SDK = os.path.dirname(os.path.abspath(modelcache.__file__))
+
+
+def _can_travel_with_all() -> bool:
+    """Metaflow fails at a module that lies elsewhere than its distribution says: an editable one, or one below a symbolic link."""
+    try:
+        said = str(metadata.distribution("modelcached").locate_file("modelcache"))
+    except metadata.PackageNotFoundError:
+        return True
+    return said == os.path.realpath(SDK)
+
+
+# Metaflow puts this extension into the code package of every flow, where it is nothing without the SDK; so that goes there likewise.
+# Where it can't, the step decorators add it to the packages of the flows that use them.
+if _can_travel_with_all():
+    vars(modelcache)["METAFLOW_PACKAGE_POLICY"] = "include"
 
 
 class Checkpoint(checkpoints.Checkpoint):

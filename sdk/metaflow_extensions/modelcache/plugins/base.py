@@ -18,7 +18,7 @@ from metaflow.metaflow_current import current
 from metaflow.unbounded_foreach import UBF_CONTROL
 
 import modelcache
-from metaflow_extensions.modelcache.client import datastore_url
+from metaflow_extensions.modelcache.client import SDK, datastore_url
 from modelcache import flushing, forms, identity, progress, tasks
 from modelcache.errors import ArgumentException, ModelcacheError
 from modelcache.tasks import Task
@@ -62,18 +62,19 @@ class TaskDecorator(StepDecorator, abc.ABC):  # type: ignore[misc]  # Metaflow i
         datastore_url(flow_datastore.TYPE, flow_datastore.datastore_root or "")
 
     def add_to_package(self) -> Iterator[Tuple[str, str]]:
-        """The SDK travels to where the tasks run: it needs nothing but Python."""
-        top = os.path.dirname(os.path.abspath(modelcache.__file__))
-        for name in sorted(os.listdir(top)):
+        """The SDK travels to where the tasks run, unless it does so anyway: it needs nothing but Python."""
+        for name in () if hasattr(modelcache, "METAFLOW_PACKAGE_POLICY") else sorted(os.listdir(SDK)):
             if name.endswith((".py", ".typed")):
-                yield os.path.join(top, name), "modelcache/" + name
+                yield os.path.join(SDK, name), "modelcache/" + name
 
     def runtime_init(self, flow: Any, graph: Any, package: Any, run_id: Any) -> None:
         global _has_said_who
         if not _has_said_who and find_spec("metaflow_extensions.obcheckpoint") is not None:
             _has_said_who = True
             tasks.say(
-                self.name, "modelcached is in charge of @checkpoint, @model and @huggingface_hub; metaflow-checkpoint is there too, unused"
+                self.name,
+                "modelcached is in charge of @checkpoint, @model, @huggingface_hub, Checkpoint and load_model; metaflow-checkpoint is "
+                "there too, and has no part in this run (pip uninstall metaflow-checkpoint: what it saved loads all the same)",
             )
 
     def task_pre_step(
