@@ -38,8 +38,8 @@ class User:
         self.daemon = daemon
         self._environment = environment_of(daemon, home)
 
-    def run(self, *words: str) -> Ran:
-        ran = run(self._environment, *words)
+    def run(self, *words: str, **more: str) -> Ran:
+        ran = run({**self._environment, **more}, *words)
         assert "Traceback" not in ran.stderr + ran.stdout and ("error: " in ran.stderr) == (ran.returncode != 0), ran.stderr
         assert ran.returncode == 0 or ran.stderr.splitlines()[-1].startswith("hint: "), ran.stderr
         return ran
@@ -180,8 +180,8 @@ async def test_a_bucket_that_lies(node: Node, source: Path, monkeypatch: pytest.
                 assert again.returncode == 0 and contents(Path(again.stdout.strip())) == contents(source)
             else:
                 assert "other bytes" in user.late(key)
-                missing = node("other", store="s3://liar/models").run("load", key)
-                assert missing.returncode == 3 and missing.stdout == ""
+                missing = node("other", store="s3://liar/models").run("load", key, MODELCACHE_PENDING_SECONDS="0")
+                assert missing.returncode == 3 and missing.stdout == "" and "not in the store yet" in missing.stderr
 
         await asyncio.to_thread(work)
         assert any(name.endswith(".json") and "/refs/" in name for name in liar.objects) == is_keeping
