@@ -49,6 +49,7 @@ class Proxy:
         self._hold_at = b""
         self._alter: dict[Direction, Callable[[bytes], bytes]] = {}
         self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._port = 0
         self._loop = asyncio.new_event_loop()
@@ -141,7 +142,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, limit=CHUNK_BYTES)
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, limit=CHUNK_BYTES)
             self._port = self._server.sockets[0].getsockname()[1]
 
     async def _refuse(self) -> None:
@@ -152,10 +153,15 @@ class Proxy:
             _reset(writer)
 
     async def _finish(self) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)  # what was accepted a moment ago is heard of
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._open:  # of tasks that had not begun
+            _reset(writer)
+        await asyncio.sleep(0)  # sockets are closed in the next step
 
     def _heal(self) -> None:
         self._cuts.clear()
@@ -164,12 +170,19 @@ class Proxy:
         self._delay = 0.0
         self._moving.set()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with self._changed:
             self.connections += 1
             self._changed.notify_all()
+        self._open.add(writer)
+        if self._server is None:
+            _reset(writer)  # accepted before `refuse`, and heard of after it
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = {writer}
-        self._open |= ends
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._upstream, limit=CHUNK_BYTES)
             ends.add(server_writer)

@@ -72,7 +72,7 @@ def enormous(path: Path, version: int) -> None:
     """A machine that takes long to write takes long to copy: some of the copies are to get through."""
     began = time.monotonic()
     in_one_write(path, version, LONGEST_WRITE)
-    time.sleep(4 * (time.monotonic() - began))
+    time.sleep(4 * (time.monotonic() - began))  # in proportion, no guess
 
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {
