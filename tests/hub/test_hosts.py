@@ -34,20 +34,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, d
         yield hub, publish(hub)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub.start(tmp_path_factory.mktemp("served")) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(served: Hub) -> Iterator[Hub]:
-    """One that tests change."""
-    served.reset_log()
-    yield served
-    served.calm()
-
-
 def test_a_renamed_repo_redirects_relatively(published: tuple[Hub, dict[str, str]]) -> None:
     hub, _ = published
     reply = Reply(f"{hub.endpoint}/api/models/org/older-name/revision/main?blobs=true")
