@@ -88,6 +88,9 @@ class FakeService:
         config = self._config
         return HelloReply(PROTOCOL_VERSION, "0", str(config.root), config.hub_endpoint, config.private, os.getpid())
 
+    def attach(self, connect: Callable[[], socket.socket]) -> None:
+        """It connects to nobody."""
+
     async def call(
         self, method: str, params: Any, caller: Caller, report: Callable[[Progress], None], descriptors: tuple[int, ...]
     ) -> Reply:

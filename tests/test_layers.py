@@ -61,13 +61,15 @@ DAEMON_CLIENTS = {
     "aiofiles": {"*"},
     "msgspec": {"*"},
     "prometheus_client": {"build", "server", "service"},
-    "watchfiles": {"watch"},
+    "modelcache.watch_host": {"watch"},  # the watcher is the SDK's own wherever it runs, and in the daemon it is one of its clients
+    "modelcache.client": {"watch"},
     "modelcache.protocol": {"*"},  # the one module both sides share; nothing else of the SDK
 }
 SDK_CLIENTS = {
     "rich": {"cli_show"},  # both have plain lines for a machine without it
     "huggingface_hub": {"tokens"},  # asked only for tokens that have to be exchanged first
     "tqdm": {"progress"},
+    "watchfiles": {"watch_events"},  # without it folders are looked at every few seconds
 }
 # The SDK runs on 3.9 to 3.14: what only some of them have is not its standard library.
 NOT_ON_EVERY_PYTHON = set(

@@ -44,6 +44,7 @@ from .transfer import Transfer
 from .trees import Trees
 from .upkeep import Upkeep
 from .upload import Upload
+from .watch import Watching
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0  # dead leases' files and abandoned saves are removed at least so often
@@ -103,6 +104,8 @@ async def build_service(
     loader = Loader(layout, blobs, trees, gather, converter, pool, flights, min_free, stores.open, upload.find, hashing.tree)
     collect = Collect(pool, config.store_grace, config.store_repo_expiry)
     keeping = Keeping(save, upload, loader, collect, spool, stores, trees, leases)
+    watching = Watching()
+    closing.callback(watching.close)
     started = time.time()
 
     def statistics(uid: int | None) -> dict[str, Any]:
@@ -130,13 +133,14 @@ async def build_service(
             "store_bytes": blob_flights.bytes["store"],
             "store": stores.default,
             "exchange": sharing and sharing.statistics(),
+            "watches": watching.statistics(uid),
             **counts(),
         }
 
     background.create_task(_sweep(leases, save))
     background.create_task(hashing.run())
     background.create_task(upload.run())
-    return Service(config, fetch, upkeep, trees, repos, leases, keeping, statistics)
+    return Service(config, fetch, upkeep, trees, repos, leases, keeping, watching, statistics)
 
 
 def _identity(layout: Layout) -> str:

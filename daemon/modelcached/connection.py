@@ -62,6 +62,10 @@ class Service(Protocol):
 
     def hello(self) -> HelloReply: ...
 
+    def attach(self, connect: Callable[[], socket.socket]) -> None:
+        """The server runs. `connect` makes a connection to it from this process; any thread may call it."""
+        ...
+
 
 class Traffic:
     """How much is going on, over all connections. Changed in the event loop's thread only."""

@@ -105,16 +105,31 @@ class Converter:
         """The artifact's tree, every file of it a blob; None if there is none of that key."""
         store = await self._store_of(legacy.datastore(store_url))
         while (found := await legacy.find(store, key)) is not None:
-            flight = self._board(store, found)
-            meter, before = flight.meter, flight.meter.received_bytes
-            meter.reports.append(report)
-            try:
-                tree = await self._flights.wait((store.url, key), flight)
-            finally:
-                meter.reports.remove(report)
-            if flight.found.record == found.record:  # else somebody saved over it, and the flight brought what was there before
-                return Converted(found.reference, await self._pool.run(tree.tree_id), tree, meter.received_bytes - before)
+            converted = await self._brought(store, found, report)
+            if converted is not None:
+                return converted
         return None
+
+    async def folder(self, name: str, store_url: str, report: Report) -> Converted:
+        """The tree of a folder that is nobody's artifact. ReferenceNotFound when nothing lies there."""
+        store = await self._store_of(store_url)
+        while True:
+            converted = await self._brought(store, await legacy.folder(store, name), report)
+            if converted is not None:
+                return converted
+
+    async def _brought(self, store: Store, found: Found, report: Report) -> Converted | None:
+        """None if somebody saved over it, and the flight that was under way brought what was there before."""
+        flight = self._board(store, found)
+        meter, before = flight.meter, flight.meter.received_bytes
+        meter.reports.append(report)
+        try:
+            tree = await self._flights.wait((store.url, found.key), flight)
+        finally:
+            meter.reports.remove(report)
+        if flight.found.record != found.record:
+            return None
+        return Converted(found.reference, await self._pool.run(tree.tree_id), tree, meter.received_bytes - before)
 
     def _board(self, store: Store, found: Found) -> Conversion:
         return self._flights.board((store.url, found.key), lambda: Conversion(self, store, found))
@@ -278,11 +293,12 @@ def _put_first(partial: Partial, known: bytes) -> None:
 def _complaints(flight: Conversion) -> Iterator[None]:
     """Whatever is wrong with an artifact, as one error that names it."""
     key = flight.found.key
+    name = f"{key}, saved by {legacy.PACKAGE}," if "key" in flight.found.reference else f"the folder {key}"
     try:
         yield
     except (MissingObject, StoreMismatch, UnsafePath, InvalidRequest) as error:
         raise IncompatibleReference(
-            f"{key}, saved by {legacy.PACKAGE}, can't be loaded from {flight.store.url}: {error.message}",
+            f"{name} can't be loaded from {flight.store.url}: {error.message}",
             "it was deleted, changed or never complete: save it again",
             key=key,
         ) from error

@@ -20,6 +20,7 @@ from modelcache.protocol import (
     FlushReply,
     GcStore,
     Load,
+    LoadFolder,
     LoadReply,
     Progress,
     References,
@@ -37,7 +38,7 @@ from modelcache.protocol import (
 from .collect import Collect
 from .errors import InUse, InvalidRequest, NotPermitted, ReferenceNotFound, SaveDamaged
 from .leases import Leases
-from .load import Loader
+from .load import Loaded, Loader
 from .meter import TICK_SECONDS, Report
 from .model import Caller, Reply, TreeId, is_digest, require_owner
 from .references import check_key, encode_reference
@@ -74,6 +75,7 @@ class Keeping:
             "save_links": (SaveLinks, self._links),
             "save_close": (SaveClose, self._close),
             "load": (Load, self._load),
+            "load_folder": (LoadFolder, self._load_folder),
             "references": (References, self._references),
             "delete": (DeleteReference, self._delete),
             "flush": (Flush, self._flush),
@@ -149,10 +151,17 @@ class Keeping:
         return Reply(SaveClosed(reference))
 
     async def _load(self, params: Load, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
+        key, store = check_key(params.key), self._stores.named(params.store)
+        return await self._handed_out(params, key, caller, lambda: self._loader.get(key, store, report))
+
+    async def _load_folder(self, params: LoadFolder, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
+        store, folder = self._stores.around(params.url)
+        return await self._handed_out(params, folder, caller, lambda: self._loader.get_folder(folder, store, report))
+
+    async def _handed_out(self, params: Load | LoadFolder, key: str, caller: Caller, get: Callable[[], Awaitable[Loaded]]) -> Reply:
         start = time.monotonic()
-        store = self._stores.named(params.store)
         while True:
-            loaded = await self._loader.get(check_key(params.key), store, report)
+            loaded = await get()
             view = self._trees.view(loaded.name)
             # No await from here on: nothing can take the view away before the lease is held (I2).
             try:
@@ -178,7 +187,7 @@ class Keeping:
         log.info(
             "load",
             extra={
-                "key": params.key,
+                "key": key,
                 "files": reply.files,
                 "bytes": reply.size_bytes,
                 "store_bytes": reply.store_bytes,

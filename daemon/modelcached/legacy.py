@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from .blobs import hash_bytes
-from .errors import IncompatibleReference, InvalidRequest, MissingObject, StoreDenied, StoreMismatch, StoreProblem
+from .errors import IncompatibleReference, InvalidRequest, MissingObject, ReferenceNotFound, StoreDenied, StoreMismatch, StoreProblem
 from .model import Digest
 from .store import Object, Store
 from .tasks import each
@@ -88,6 +88,14 @@ async def find(store: Store, key: str) -> Found | None:
     except StoreProblem as error:
         raise _unreadable(key, error.message) from error
     return Found(key, _reference(raw, key), hash_bytes(raw))
+
+
+async def folder(store: Store, key: str) -> Found:
+    """Whatever lies in a folder of a store, as if it were an artifact saved as files; its listing is its record."""
+    objects = sorted([part async for part in store.list(f"{key}/")])
+    if not objects:
+        raise ReferenceNotFound(f"nothing lies in the folder {key} of {store.url}", "is its name spelt right?", key=key)
+    return Found(key, {"storage_format": "files"}, hash_bytes(repr(objects).encode()))
 
 
 async def listed(store: Store, prefix: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:

@@ -107,6 +107,12 @@ class Loader:
             meter.reports.remove(report)
         return Loaded(kept.tree, tree, kept.reference, meter.received_bytes - before)
 
+    async def get_folder(self, name: str, store_url: str, report: Report) -> Loaded:
+        """The view of a folder in a store that no save made: what came is checked by its size alone."""
+        found = await self._converter.folder(name, store_url, report)
+        await self._show(found.name, found.tree)
+        return Loaded(found.name, found.tree, found.reference, found.store_bytes)
+
     async def old(self, prefix: str, store_url: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
         """The references of artifacts that are not ours, in no order."""
         return await self._converter.listed(prefix, store_url, is_wanted)

@@ -39,7 +39,20 @@ class Server:
     def start(self, group: asyncio.TaskGroup) -> None:
         """Accepts connections from now on; `group` owns them."""
         self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._service.attach(self.connect)
         self._watch_listening()
+
+    def connect(self) -> socket.socket:
+        """The client's end of a new connection from this very process; from any thread."""
+        theirs, ours = socket.socketpair()
+        try:
+            self._loop.call_soon_threadsafe(self._adopt, ours)
+            return theirs
+        except RuntimeError:  # the loop has ended
+            theirs.close()
+            ours.close()
+            raise ConnectionRefusedError("the daemon has ended") from None
 
     def stop_accepting(self) -> None:
         """Idempotent."""
@@ -73,13 +86,19 @@ class Server:
             asyncio.get_running_loop().add_reader(self._listening, self._accept)
 
     def _accept(self) -> None:
-        assert self._listening is not None and self._group is not None
+        assert self._listening is not None
         try:
             accepted, _ = self._listening.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._pause(error)
             return
+        self._adopt(accepted)
+
+    def _adopt(self, accepted: socket.socket) -> None:
+        assert self._group is not None
+        if self._listening is None:  # no new ones
+            return accepted.close()
         accepted.setblocking(False)
         caller = credentials(accepted)
         connection = Connection(self._service, self._verbs, self._traffic, accepted, caller)

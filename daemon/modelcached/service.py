@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -33,6 +34,7 @@ from .model import Caller, Digest, Reply, check_repo, check_revision, is_owner, 
 from .repos import Repos
 from .trees import Trees
 from .upkeep import Known, Upkeep
+from .watch import Verb, Watching
 
 MAX_PATTERNS = 1000
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Service:
         repos: Repos,
         leases: Leases,
         keeping: Keeping,
+        watching: Watching,
         statistics: Callable[[int | None], dict[str, Any]],  # as one uid may see them; None: all of it
     ) -> None:
         self._config = config
@@ -57,8 +60,10 @@ class Service:
         self._repos = repos
         self._leases = leases
         self._statistics = statistics
-        self.taking = keeping.taking  # the methods that take descriptors
+        self.taking = keeping.taking | watching.taking  # the methods that take descriptors
         self._keeping = keeping
+        self._watching = watching
+        self._taking_verbs: dict[str, tuple[type, Verb]] = {**keeping.verbs, **watching.verbs}
         self._verbs: dict[str, tuple[type, Callable[[Any, Caller, Report], Awaitable[Reply]]]] = {
             "fetch": (FetchParams, self._do_fetch),
             "plan": (FetchParams, self._do_plan),
@@ -70,22 +75,25 @@ class Service:
 
     @property
     def methods(self) -> Mapping[str, type]:
-        return {name: params for name, (params, *_) in (*self._verbs.items(), *self._keeping.verbs.items())}
+        return {name: params for name, (params, *_) in (*self._verbs.items(), *self._taking_verbs.items())}
 
     @property
     def is_busy(self) -> bool:
-        return self._keeping.is_busy
+        return self._keeping.is_busy or self._watching.is_busy
 
     async def call(self, method: str, params: Any, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         with disk_errors(f"serving {method}"):
-            if method in self._keeping.verbs:
-                return await self._keeping.verbs[method][1](params, caller, report, descriptors)
+            if method in self._taking_verbs:
+                return await self._taking_verbs[method][1](params, caller, report, descriptors)
             return await self._verbs[method][1](params, caller, report)
 
     def hello(self) -> HelloReply:
         return HelloReply(
             PROTOCOL_VERSION, __version__, str(self._config.root), self._config.hub_endpoint, self._config.private, os.getpid()
         )
+
+    def attach(self, connect: Callable[[], socket.socket]) -> None:
+        self._watching.connect = connect
 
     async def _do_fetch(self, params: FetchParams, caller: Caller, report: Report) -> Reply:
         start = time.monotonic()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .errors import StoreNotAllowed
+from urllib.parse import unquote
+
+from .errors import InvalidRequest, StoreNotAllowed
 from .references import References
 from .store import Store, check_url, open_store
 from .tasks import Pool
@@ -28,6 +30,19 @@ class Stores:
                 f"it serves {', '.join(self._allowed)}: add it to `stores` in its config, or ask another daemon: MODELCACHE_SOCKET",
             )
         return spelt
+
+    def around(self, url: str) -> tuple[str, str]:
+        """The store that a folder's URL leads into, and the folder's name there."""
+        spelt = check_url(url)
+        found = [store for store in self._allowed if spelt.startswith(f"{store}/")]
+        if not found and self._serves_any:
+            scheme, _, path = spelt.partition("://")
+            found = [spelt.rpartition("/")[0] if scheme == "file" else f"{scheme}://{path.partition('/')[0]}"]
+        store = max(found, key=len) if found else self.named(spelt)
+        folder = unquote(spelt[len(store) + 1 :])
+        if not folder:
+            raise InvalidRequest(f"{spelt} is a store, and no folder of one", "name a folder below it")
+        return self.named(store), folder
 
     async def open(self, url: str) -> Store:
         store = self._open.get(url)

@@ -8,6 +8,9 @@
     path = modelcache.load(reference)                            # on any node; load(reference, "folder") gives private files
     modelcache.flush()                                           # everything saved is in the store
 
+    with modelcache.watch("out", name="run-7", resume=True):     # each checkpoint that a trainer writes there is kept
+        train()
+
 Nothing is imported before it is used (PEP 562): `import modelcache` costs a bare interpreter well under a millisecond.
 """
 
@@ -17,6 +20,7 @@ TYPE_CHECKING = False  # typing's own takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any, List
 
+    from . import accelerate as accelerate
     from . import errors as errors
     from .artifacts import CheckpointArtifact as CheckpointArtifact
     from .artifacts import MetaflowDataArtifactReference as MetaflowDataArtifactReference
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from .references import latest as latest
     from .references import list as list
     from .saving import save as save
+    from .watching import watch as watch
 
 # No module is called like a name in here: importing it would put it in that name's place.
 _HOME = {
@@ -45,11 +50,13 @@ _HOME = {
     "latest": "references",
     "delete": "references",
     "flush": "flushing",
+    "watch": "watching",
     "MetaflowDataArtifactReference": "artifacts",
     "ModelArtifact": "artifacts",
     "CheckpointArtifact": "artifacts",
     "ModelcacheError": "errors",
-    "errors": "",  # a module
+    "accelerate": "",  # a module
+    "errors": "",
 }
 
 __all__ = [
@@ -69,6 +76,7 @@ __all__ = [
     "save",
     "snapshot",
     "snapshot_download",
+    "watch",
 ]
 
 

@@ -7,14 +7,16 @@ of a gang's those of its own node come first.
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 
-from . import artifacts, errors, folders, keys, loading, notes, references, saving, tasks
+from . import artifacts, errors, folders, keys, loading, notes, references, saving, tasks, units
 from .tasks import Task
+
+if TYPE_CHECKING:
+    from .watching import Watching
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -32,6 +34,8 @@ class Checkpoint:
         self._temp_dir_root = temp_dir_root
         self._directory: Optional[str] = None
         self._bound: Optional[Task] = None
+        self._policy = "fresh"
+        self.watches: List[Watching] = []  # that `watch` began
         if init_dir:
             self.refresh_directory()
 
@@ -122,6 +126,34 @@ class Checkpoint:
         chosen = [each for each in found if name in (None, each.get("name")) and number in (None, each.get("attempt"))]
         return chosen if as_dict else [artifacts.CheckpointArtifact(**each) for each in chosen]
 
+    def watch(
+        self,
+        directory: Path,
+        name: Optional[str] = None,
+        *,
+        keep: Optional[int] = None,
+        keep_best: Optional[str] = None,
+        every: Optional[float] = None,
+        layout: str = "auto",
+        resume: bool = True,
+    ) -> Watching:
+        """Keeps every checkpoint that a trainer writes into `directory` as one of the task, until the task ends or it is stopped.
+
+        With `resume` the newest that an earlier attempt kept under this name (with the policy "eager" any task that does the same work)
+        is first put back into `directory`. The other arguments and what is returned: see `modelcache.watch`.
+        """
+        from . import watch_client, watching
+
+        task, path = self._task, watching.path_of(directory)
+        called = watching.name_of(path, name)
+        ask = watch_client.Ask(path, called, keep, keep_best, every, layout, task.store, task.pathspec, task.attempt)
+        ask = ask._replace(folder=task.folder, marks={**task.marks, "latest": True})
+        watched = watching.begin(ask, (lambda: _watched(task, self._policy, called)) if resume else None)
+        self.watches.append(watched)
+        if watched.restored is not None:
+            notes.note(notes.Load(DECORATOR, called, watched.restored, "", 0.0, path))
+        return watched
+
     def generate_key(self, name: str = keys.DEFAULT_CHECKPOINT_NAME, version_id: Optional[int] = None) -> str:
         """A key such as the next save gets. The last part of a key is its own: no two are the same."""
         task = self._task
@@ -210,7 +242,10 @@ class CurrentCheckpoint(Checkpoint):
 
     def begin(self, policy: str) -> None:
         """What the policy says to load is loaded; what can't be is said, and the next older one taken."""
+        self._policy = policy
         for reference in self._settled(policy):
+            if units.is_watched(reference):  # belongs into the folder that is watched
+                continue
             try:
                 self.load(reference)
             except (errors.ReferenceNotFoundError, errors.IncompatibleReferenceError) as error:
@@ -221,21 +256,7 @@ class CurrentCheckpoint(Checkpoint):
 
     def _settled(self, policy: str) -> List[Dict[str, Any]]:
         """What may be loaded, best first, when nothing better is on its way from another node, or that takes too long."""
-        end = time.monotonic() + loading.pending_seconds()
-        has_said = False
-        while True:
-            found, awaited = candidates(self._task, policy)
-            newest = _created(found[0]) if found else None
-            better = [each for each in awaited if newest is None or _created(each) > newest]
-            if not better or time.monotonic() > end:
-                break
-            if not has_said:
-                has_said = True
-                tasks.say(DECORATOR, "waiting for %s, which %s is bringing to the store" % (better[0]["key"], better[0].get("node")))
-            time.sleep(loading.POLL_SECONDS)
-        for each in better:
-            tasks.say(DECORATOR, "skipping %s: %s has not brought it to the store yet" % (each["key"], each.get("node")))
-        return found
+        return references.settled(lambda: candidates(self._task, policy), lambda text: tasks.say(DECORATOR, text))
 
 
 def save(
@@ -270,6 +291,14 @@ def candidates(task: Task, policy: str) -> Tuple[List[Dict[str, Any]], List[Dict
     return sorted(found, key=lambda each: _distance(task, each)), awaited  # stable: newest first
 
 
+def _watched(task: Task, policy: str, name: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """As `candidates`, of what a watch kept."""
+    from . import resume
+
+    found, awaited = ([each for each in some if each.get("name") == name] for some in candidates(task, policy))
+    return sorted(resume.best_first(found), key=lambda each: _distance(task, each)), awaited
+
+
 def store_of(reference: Any, task: Optional[Task]) -> Optional[str]:
     """The store to look into: the reference's own, else the task's."""
     named = reference.get("store") if isinstance(reference, Mapping) else getattr(reference, "store", None)
@@ -288,14 +317,6 @@ def _own(task: Task, found: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def _distance(task: Task, each: Dict[str, Any]) -> Tuple[bool, bool]:
     """The task's own come first, and of a gang's those of its node."""
     return each.get("pathspec") != task.pathspec, task.node is not None and each.get("node_index") != task.node
-
-
-def _created(each: Dict[str, Any]) -> float:
-    """Seconds since the epoch; a time without an offset is local."""
-    try:
-        return datetime.datetime.fromisoformat(str(each.get("created_on"))).timestamp()
-    except ValueError:
-        return 0.0
 
 
 def _prefix(flow: str, step: str) -> str:

@@ -27,7 +27,8 @@ exit codes:
   8    damaged: verify or gc-store found some, or bytes from the hub or the store are missing or not what their name says
   9    not all saves are in the store yet
   130  interrupted (Ctrl-C)
-  exec ends with the command's own code, 128+N when signal N ended it, 127 when it is not there, 126 when it can't be run
+  exec and watch end with the command's own code, 128+N when signal N ended it, 127 when it is not there, 126 when it can't be run; watch
+  with 9 if that is 0 and the deadline has passed before everything was in the store
 """
 ENVIRONMENT = """\
 environment: MODELCACHE_SOCKET (the daemon's socket), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, and where huggingface_hub keeps its token
@@ -83,8 +84,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _split(words: List[str]) -> Tuple[List[str], List[str]]:
-    """What is ours, and what follows `exec ... --`, which is read by nobody here."""
-    if "--" in words and "exec" in words[: words.index("--")]:
+    """What is ours, and what follows `exec ... --` or `watch ... --`, which is read by nobody here."""
+    if "--" in words and {"exec", "watch"}.intersection(words[: words.index("--")]):
         at = words.index("--")
         return words[:at], words[at + 1 :]
     return words, []
@@ -175,6 +176,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     execute.add_argument("repos", metavar="REPO[@REV]", nargs="+", help=REPO_HELP + "; the files stay while the command runs")
     _add_selection(execute)
+
+    watch = add(
+        "watch",
+        _watch,
+        "keep the checkpoints that a trainer writes into a folder, while a command runs or until it is ended (Ctrl-C, SIGTERM)",
+        "modelcache watch DIR [options] [-- COMMAND ...]",
+    )
+    watch.add_argument("directory", metavar="DIR", help="what the trainer writes into; made if it is not there, never written to")
+    watch.add_argument("--name", help="the checkpoints' name: modelcache checkpoints NAME lists them (default: the name of DIR)")
+    watch.add_argument("--keep", metavar="N", type=int, help="so many of the newest stay in the store (default: all); DIR is left alone")
+    watch.add_argument("--keep-best", metavar="METRIC", help="the best one stays too: eval_loss, accuracy:max (less is better for losses)")
+    watch.add_argument("--every", metavar="TIME", type=_duration, help="keep one in so long at most: 30s, 10m (default: each)")
+    watch.add_argument("--layout", default="auto", help="how they are written: a name in docs/api.md, a JSON file (default: %(default)s)")
+    watch.add_argument("--resume", action="store_true", help="first put the newest complete one back into DIR, if that has no newer one")
+    watch.add_argument(
+        "--deadline", metavar="TIME", type=_duration, help="wait so long for the store at the end (default: 30s after a signal, else 5m)"
+    )
+    watch.add_argument("--store", metavar="URL", help=STORE_HELP)
+
+    checkpoints = add("checkpoints", _checkpoints, "list the checkpoints of a name: step, time, size, and whether the store has them")
+    checkpoints.add_argument("name", metavar="NAME", help="as given to watch, or to save --kind checkpoint --name")
+    checkpoints.add_argument("--store", metavar="URL", help=STORE_HELP)
 
     doctor = add("doctor", _doctor, "find out what keeps this from working, or what a path is")
     doctor.add_argument("path", metavar="PATH", nargs="?", help="tell what this is, who may write there, and how to get your own files")
@@ -305,6 +328,18 @@ def _exec(asked: argparse.Namespace, show: Show) -> int:
     from .cli_exec import execute
 
     return execute(asked, show)
+
+
+def _watch(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_watch import watch
+
+    return watch(asked, show)
+
+
+def _checkpoints(asked: argparse.Namespace, show: Show) -> int:
+    from .cli_watch import checkpoints
+
+    return checkpoints(asked, show)
 
 
 def _doctor(asked: argparse.Namespace, show: Show) -> int:

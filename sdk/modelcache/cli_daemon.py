@@ -160,7 +160,13 @@ def _lines(said: Dict[str, Any]) -> List[Tuple[str, str]]:
         ("store", said["store"]),
         ("to store", "%s in %s so far" % (size(said["spool"]["sent_bytes"]), count(said["spool"]["sent_saves"], "save"))),
     ]
-    return lines + _spool_lines(said["spool"])
+    watches = [("watching", _watch_line(watch)) for watch in said.get("watches", ())]
+    return lines + _spool_lines(said["spool"]) + watches
+
+
+def _watch_line(watch: Dict[str, Any]) -> str:
+    line = "%s as %s, by %s: %s captured" % (watch["directory"], watch["name"], watch["where"], count(watch["captured"], "checkpoint"))
+    return line + ("; " + watch["last_error"] if watch["last_error"] else "")
 
 
 def _spool_lines(spool: Dict[str, Any]) -> List[Tuple[str, str]]:

@@ -7,7 +7,6 @@ Invariants:
 - The command inherits the leases and the lock on the folder, so the files stay as long as it or a descendant lives, even when
   this process is killed. What a killed one leaves behind is removed by the next run that finds its lock free.
 - A folder has its name only once it is locked: nobody takes a new one for a dead one's.
-- While the command runs this process only waits: signals that were meant for it go on to the command.
 """
 
 from __future__ import annotations
@@ -16,20 +15,15 @@ import argparse
 import fcntl
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Tuple
 
-from . import cli_daemon, hfcache, hub, runtime
+from . import cli_daemon, cli_run, hfcache, hub, runtime
 from .cli_pull import NOT_SHOWN, fetch, request_for
 from .cli_repos import named
-from .cli_show import BY_SIGNAL, CANNOT_RUN, NO_SUCH_COMMAND, Show, UsageError, plain
+from .cli_show import Show, UsageError, plain
 from .client import Client
-
-_PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-_SI_KERNEL = 0x80  # si_code of a signal from the terminal, which the command got as well: it is in the same group
 
 
 def execute(asked: argparse.Namespace, show: Show) -> int:
@@ -43,7 +37,7 @@ def execute(asked: argparse.Namespace, show: Show) -> int:
             sys.stdout.flush()
             _say_json({"HF_HUB_CACHE": cache, "repos": prepared})
         environment = {**os.environ, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        return _run(asked.program, environment, [lock, *connected.leases.descriptors()], show)
+        return cli_run.run(asked.program, environment, [lock, *connected.leases.descriptors()]).code
 
 
 def _fill(cache: str, asked: argparse.Namespace, connected: Client, show: Show) -> List[Dict[str, Any]]:
@@ -93,34 +87,6 @@ def _sweep(parent: str) -> None:
                 pass
             finally:
                 os.close(trial)
-
-
-def _run(program: List[str], environment: Dict[str, str], inherited: List[int], show: Show) -> int:
-    """Runs the command until it ends; its exit code as a shell gives it."""
-    waited_for = _PASSED_ON | {signal.SIGCHLD}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)  # from here on none is lost, and none interrupts us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for descriptor in inherited:
-        os.set_inheritable(descriptor, True)
-    try:
-        command = subprocess.Popen(
-            program,
-            env=environment,
-            close_fds=False,  # what our caller handed down is the command's; what Python opens is not inherited anyway
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
-        )
-    except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError) and "/" not in program[0]
-        print("modelcache: error: %s: %s" % (program[0], "command not found" if is_missing else error.strerror), file=sys.stderr)
-        return NO_SUCH_COMMAND if isinstance(error, FileNotFoundError) else CANNOT_RUN
-    for descriptor in inherited:
-        os.set_inheritable(descriptor, False)
-    while command.poll() is None:
-        got = signal.sigwaitinfo(waited_for)
-        if got.si_signo != signal.SIGCHLD and got.si_code != _SI_KERNEL:
-            command.send_signal(got.si_signo)
-    code = command.returncode
-    return code if code >= 0 else BY_SIGNAL - code
 
 
 def _say_json(document: Dict[str, Any]) -> None:

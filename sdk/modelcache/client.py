@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import _socket as socket  # see connection
 import atexit
+import contextlib
 import os
 import stat
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
 from . import __version__, runtime
 from .connection import Connection, OnProgress, Reply, known_fields
 from .errors import DaemonConnectionError, DaemonNotAvailableError, ModelcacheError, ProtocolError, unavailable
 from .leases import Lease, Leases
-from .protocol import PROTOCOL_VERSION, Fetch, FetchReply, Hello, HelloReply, Load, LoadReply, PlanReply
+from .protocol import PROTOCOL_VERSION, Fetch, FetchReply, Hello, HelloReply, Load, LoadFolder, LoadReply, PlanReply
 
 _CONNECT_SECONDS = 30.0
 _HELLO_SECONDS = 5.0  # a daemon that listens gets so long to answer, however little patience there is for one that does not
@@ -49,9 +50,11 @@ class Loaded(NamedTuple):
 class Client:
     """A daemon's client, for any number of threads. `path`: its socket; None finds it as the environment says."""
 
-    def __init__(self, path: Optional[str] = None) -> None:
+    def __init__(self, path: Optional[str] = None, connect: Optional[Callable[[], socket.socket]] = None) -> None:
+        """`connect`, where no path leads to the daemon: makes a connected socket, or raises ConnectionRefusedError."""
         self.leases = Leases()
         self._named = path or runtime.named_socket()
+        self._connect = connect
         self._lock = threading.Lock()
         # Under the lock:
         self._connected_to: Optional[str] = None
@@ -83,9 +86,10 @@ class Client:
         reply, lease, others, root = self._leased("fetch", request, FetchReply, int(request.listing), on_progress)
         return Fetched(reply, lease, others[0] if others else None, root)
 
-    def load(self, request: Load, on_progress: Optional[OnProgress] = None) -> Loaded:
+    def load(self, request: Union[Load, LoadFolder], on_progress: Optional[OnProgress] = None) -> Loaded:
         """Loads what was saved and takes the lease. `request.held` is filled in here."""
-        reply, lease, _, root = self._leased("load", request, LoadReply, 0, on_progress)
+        method = "load" if isinstance(request, Load) else "load_folder"
+        reply, lease, _, root = self._leased(method, request, LoadReply, 0, on_progress)
         return Loaded(reply, lease, root)
 
     def session(self, attempt: Callable[[Connection, HelloReply], _Result]) -> _Result:
@@ -167,7 +171,7 @@ class Client:
         pause, launches = _SHORTEST_PAUSE_SECONDS, 0
         while True:
             try:
-                found = _dial(path, max(deadline, time.monotonic() + _HELLO_SECONDS))
+                found = _dial(path, self._connect, max(deadline, time.monotonic() + _HELLO_SECONDS))
                 self._connected_to = path
                 return found
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, DaemonConnectionError) as error:
@@ -214,11 +218,15 @@ class Client:
 
 _clients: List[Client] = []  # all there ever were: a process has one, seldom two
 _shared: List[Client] = []
+_own = threading.local()
 _shared_lock = threading.Lock()
 
 
 def shared() -> Client:
-    """The client of this process."""
+    """The client of this process, or of this thread (`using`)."""
+    own: Optional[Client] = getattr(_own, "client", None)
+    if own is not None:
+        return own
     named = runtime.named_socket()
     if not _shared or _shared[0]._named != named:  # a program may set MODELCACHE_SOCKET as late as it likes
         with _shared_lock:
@@ -228,6 +236,16 @@ def shared() -> Client:
                 _close_shared()
                 _shared[:] = [Client()]
     return _shared[0]
+
+
+@contextlib.contextmanager
+def using(client: Client) -> Iterator[None]:
+    """What this thread asks goes through this client."""
+    _own.client = client
+    try:
+        yield
+    finally:
+        _own.client = None
 
 
 def _close_shared() -> None:
@@ -245,12 +263,13 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _dial(path: str, deadline: float) -> Tuple[Connection, HelloReply]:
-    sock = socket.socket(socket.AF_UNIX)
+def _dial(path: str, connect: Optional[Callable[[], socket.socket]], deadline: float) -> Tuple[Connection, HelloReply]:
+    sock = socket.socket(socket.AF_UNIX) if connect is None else connect()
     try:
-        sock.setblocking(False)  # a full queue is an error then, not a wait without end
-        _connect(sock, path)
-        sock.setblocking(True)
+        if connect is None:
+            sock.setblocking(False)  # a full queue is an error then, not a wait without end
+            _connect(sock, path)
+            sock.setblocking(True)
         connection = Connection(sock)
     except BaseException:
         sock.close()

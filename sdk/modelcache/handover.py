@@ -66,7 +66,7 @@ class Handover:
     def __init__(
         self,
         connection: Connection,
-        source: walk.Source,
+        source: walk.Readable,
         listing: walk.Listing,
         patience: Patience,
         on_progress: Optional[Callable[[Progress], None]],

@@ -167,6 +167,15 @@ def place_of(text: str) -> Place:
     return Place(text, None)
 
 
+def is_url(text: str) -> bool:
+    """Whether a URL is that of a model or checkpoint."""
+    try:
+        place_of(text)
+    except errors.IncompatibleReferenceError:
+        return False
+    return True
+
+
 def _folder_of(name: str) -> str:
     return "%s/%s" % (_NO_TASK, json_hash(name)[:12])
 

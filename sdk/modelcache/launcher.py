@@ -14,7 +14,7 @@ import fcntl
 import os
 import socket
 import sys
-from typing import Dict, List
+from typing import Dict
 
 from . import runtime
 from .errors import unavailable
@@ -27,7 +27,8 @@ _MAX_START_SECONDS = 30
 
 # Runs between us and the daemon: puts the listener where systemd puts it, and leaves the daemon without a parent.
 _DETACH = """
-import os, sys
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 listener, python = int(sys.argv[1]), sys.argv[2]
 if listener == 3:
     os.set_inheritable(3, True)
@@ -156,12 +157,12 @@ def _fresh_log(folder: str) -> str:
 def _environment() -> Dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_THE_DAEMONS}
     environment.update(LISTEN_FDS="1", LISTEN_PID="auto")
-    environment["PYTHONPATH"] = os.pathsep.join(_import_path(environment.get("PYTHONPATH", "")))
+    environment["PYTHONPATH"] = import_path(environment.get("PYTHONPATH", ""))
     return environment
 
 
-def _import_path(inherited: str) -> List[str]:
-    """Where the daemon finds the packages that this process found, however it came to find them."""
+def import_path(inherited: str) -> str:
+    """Where another interpreter finds the packages that this process found, however it came to find them."""
     from importlib.util import find_spec
 
     path = [os.path.abspath(entry) for entry in inherited.split(os.pathsep) if entry]
@@ -172,4 +173,4 @@ def _import_path(inherited: str) -> List[str]:
             # where installed packages lie is on the path anyway, behind the standard library
             if parent not in path and os.path.basename(parent) not in ("site-packages", "dist-packages"):
                 path.append(parent)
-    return path
+    return os.pathsep.join(path)

@@ -10,12 +10,9 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Union
 from . import artifacts, client, progress, references, views
 from .errors import ReferenceNotFoundError
 from .leases import Lease
-from .protocol import Load, Progress
+from .protocol import Load, LoadFolder, Progress
 
 Path = Union[str, "os.PathLike[str]"]
-
-POLL_SECONDS = 0.5  # a store sends no events
-_PENDING_SECONDS = 120.0
 
 
 class Brought(NamedTuple):
@@ -23,6 +20,7 @@ class Brought(NamedTuple):
     reference: Dict[str, Any]  # complete, as the store has it
     lease: Optional[Lease]  # on the view at `path`, the caller's to close; None for private files
     source: str  # the tier that the bytes came from, "store" or "disk"
+    tree: str
 
 
 def load(reference: Any, path: Optional[Path] = None, *, store: Optional[str] = None) -> str:
@@ -57,12 +55,22 @@ def bring(
     Where the caller gets private files for it, they are those of the whole process; with `new_folder` a copy of the caller's own, there.
     """
     fields = artifacts.as_reference(reference)
-    request = Load(
-        key=fields["key"],
-        store=store or fields.get("store"),
-        purpose=os.path.basename(sys.argv[0] if sys.argv else "")[:200],  # not the arguments: they may hold secrets
-    )
-    with progress.shown(fields["key"].rpartition("/")[2]) as on_progress:
+    return _bring(Load(fields["key"], store or fields.get("store"), purpose=_purpose()), fields["key"], path, new_folder)
+
+
+def bring_folder(url: str, path: Optional[Path] = None) -> Brought:
+    """`bring` for a folder of a store that no save made. What comes has no checksums; that all of it came is known by the sizes."""
+    return _bring(LoadFolder(url, purpose=_purpose()), url.rstrip("/"), path)
+
+
+def _purpose() -> str:
+    return os.path.basename(sys.argv[0] if sys.argv else "")[:200]  # not the arguments: they may hold secrets
+
+
+def _bring(
+    request: Union[Load, LoadFolder], called: str, path: Optional[Path], new_folder: Optional[Callable[[], str]] = None
+) -> Brought:
+    with progress.shown(called.rpartition("/")[2]) as on_progress:
         loaded = when_there(client.shared(), request, on_progress)
     reply, is_kept = loaded.reply, False
     try:
@@ -72,20 +80,20 @@ def bring(
         known = references.received(reply.reference)
         source = "store" if reply.store_bytes else "disk"
         if path is not None:
-            return Brought(_put(reply.path, path), known, None, source)
+            return Brought(_put(reply.path, path), known, None, source, reply.tree)
         if views.gets_copy(reply):
             copy = views.kept_copy(reply, loaded.root) if new_folder is None else _put(reply.path, new_folder())
-            return Brought(copy, known, None, source)
+            return Brought(copy, known, None, source, reply.tree)
         is_kept = True
-        return Brought(reply.path, known, loaded.lease, source)
+        return Brought(reply.path, known, loaded.lease, source, reply.tree)
     finally:
         if not is_kept:
             loaded.lease.close()
 
 
-def when_there(connected: client.Client, request: Load, on_progress: Optional[progress.OnProgress]) -> client.Loaded:
+def when_there(connected: client.Client, request: Union[Load, LoadFolder], on_progress: Optional[progress.OnProgress]) -> client.Loaded:
     """Loads, and waits before that for what another node is still bringing to the store."""
-    end = time.monotonic() + pending_seconds()
+    end = time.monotonic() + references.pending_seconds()
     while True:
         try:
             return connected.load(request, on_progress)
@@ -94,16 +102,7 @@ def when_there(connected: client.Client, request: Load, on_progress: Optional[pr
                 raise
             if on_progress is not None:
                 on_progress(Progress("paused", message=error.message))
-        time.sleep(POLL_SECONDS)
-
-
-def pending_seconds() -> float:
-    """How long to wait for what another node is bringing."""
-    text = os.environ.get("MODELCACHE_PENDING_SECONDS", "")
-    try:
-        return float(text) if text else _PENDING_SECONDS
-    except ValueError:
-        raise ValueError("MODELCACHE_PENDING_SECONDS is a number of seconds, not %r" % text) from None
+        time.sleep(references.POLL_SECONDS)
 
 
 def _put(view: str, path: Path) -> str:

@@ -29,10 +29,13 @@ class Moved(Exception):
 class Patience:
     """The pauses of one save: 1 ms, 3, 10, ... 10 s, over all its attempts; then FileChangedError."""
 
-    def __init__(self, source: walk.Source, warn: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, source: walk.Readable, warn: Callable[[str], None], sleep: Callable[[float], None] = time.sleep, tries: int = _TRIES
+    ) -> None:
         self._source = source
         self._warn = warn
         self._sleep = sleep
+        self._tries = tries
         self._tried = 0
 
     def pause(self, path: str, what: str) -> None:
@@ -41,7 +44,7 @@ class Patience:
         pid = self._writer(path)
         if pid is not None:
             what = "is open for writing by %s" % describe(pid)
-        if self._tried >= _TRIES or what == GONE:  # what has begun to go must not be saved in part
+        if self._tried >= self._tries or what == GONE:  # what has begun to go must not be saved in part
             raise self.lost(path, what, pid)
         if self._tried == _TOLD_AFTER:
             self._warn("%s %s: waiting for it to be complete" % (self._source.name(path), what))
@@ -57,7 +60,7 @@ class Patience:
 
     def _writer(self, path: str) -> Optional[int]:
         """Looked up only when it is going to be said."""
-        if self._tried not in (_TRIES, _TOLD_AFTER):
+        if self._tried not in (self._tries, _TOLD_AFTER):
             return None
         try:
             descriptor = self._source.open(path)

@@ -272,6 +272,14 @@ class Load(NamedTuple):
     purpose: str = ""
 
 
+class LoadFolder(NamedTuple):
+    """Asks for a folder of a store that no save made (method `load_folder`). Reply: LoadReply; its reference says nothing."""
+
+    url: str  # of the folder: that of a store this daemon serves, and a path
+    held: List[str] = []
+    purpose: str = ""
+
+
 class LoadReply(NamedTuple):
     path: str
     device: int
@@ -338,3 +346,28 @@ class GcStoreReply(NamedTuple):
     findings: List[Dict[str, str]]  # "key" of a reference and the "problem" it has
     keys: List[str]  # with `dry_run`, what would be deleted; at most 100,000
     seconds: float
+
+
+class WatchOpen(NamedTuple):
+    """Watches a folder in the daemon (method `watch`); carries a descriptor of the folder that it lies in. Reply: WatchOpened.
+
+    The reply's descriptor is a socket, for the orders of `modelcache.watch_host`; there is none where the daemon has another uid.
+    """
+
+    directory: str  # for logs: it is never opened by this name
+    name: str
+
+
+class WatchOpened(NamedTuple):
+    here: bool
+
+
+class WatchTold(NamedTuple):
+    """What a helper process tells of its watch, for `status` (method `watch_told`). It is forgotten after a minute. Reply: {}."""
+
+    directory: str
+    name: str
+    where: str
+    captured: int
+    last_error: str
+    is_over: bool = False

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+import datetime
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import artifacts, client, keys
 from .metadata import decode
 from .protocol import DeleteReference, References
+
+_PENDING_SECONDS = 120.0
+POLL_SECONDS = 0.5  # a store sends no events
+_MANY = 1_000  # checkpoints among which the newest is looked for
 
 
 def list(  # `modelcache.list`
@@ -28,11 +36,15 @@ def list(  # `modelcache.list`
 
 
 def latest(name: str, kind: str = keys.CHECKPOINT, *, store: Optional[str] = None) -> Optional[Dict[str, Any]]:
-    """The newest reference that `save` made for a checkpoint's name (a model's label); None if there is none."""
+    """The newest reference for a checkpoint's name (a model's label); None if there is none.
+
+    What a watch kept is as old as its files: one that comes late may have captured the newest first.
+    """
     if kind not in keys.KINDS:
         raise ValueError("kind is 'model' or 'checkpoint', not %r" % (kind,))
     prefix = keys.checkpoints_of(name) if kind == keys.CHECKPOINT else keys.models_of(name)
-    return next(iter(_ask(References(prefix, kind, name, store, limit=1))), None)
+    found = _ask(References(prefix, kind, name, store, limit=_MANY if kind == keys.CHECKPOINT else 1))
+    return max(found, key=written_ns, default=None)  # of equals the one saved last
 
 
 def delete(reference: Any, *, store: Optional[str] = None) -> None:
@@ -61,6 +73,53 @@ def and_awaited(
         [each for each in reply.get(part, ()) if pathspec in (None, each.get("pathspec"))] for part in ("references", "elsewhere")
     )
     return [received(each) for each in found], awaited
+
+
+def settled(
+    listed: Callable[[], Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]], say: Callable[[str], None]
+) -> List[Dict[str, Any]]:
+    """What may be loaded, best first, when nothing newer is on its way from another node, or that takes too long.
+
+    `listed`: what is there, best first, and what is awaited, newest first.
+    """
+    end = time.monotonic() + pending_seconds()
+    has_said = False
+    while True:
+        found, awaited = listed()
+        newest = created(found[0]) if found else None
+        better = [each for each in awaited if newest is None or created(each) > newest]
+        if not better or time.monotonic() > end:
+            break
+        if not has_said:
+            has_said = True
+            say("waiting for %s, which %s is bringing to the store" % (better[0]["key"], better[0].get("node")))
+        time.sleep(POLL_SECONDS)
+    for each in better:
+        say("skipping %s: %s has not brought it to the store yet" % (each["key"], each.get("node")))
+    return found
+
+
+def created(reference: Mapping[str, Any]) -> float:
+    """When it was saved, in seconds since the epoch; a time without an offset is local."""
+    try:
+        return datetime.datetime.fromisoformat(str(reference.get("created_on"))).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0
+
+
+def written_ns(reference: Mapping[str, Any]) -> int:
+    """When what it names was written, in nanoseconds since the epoch: what a watch saw, else when it was saved."""
+    moment = reference.get("written_ns")
+    return moment if isinstance(moment, int) else int(created(reference) * 1e9)
+
+
+def pending_seconds() -> float:
+    """How long to wait for what another node is bringing."""
+    text = os.environ.get("MODELCACHE_PENDING_SECONDS", "")
+    try:
+        return float(text) if text else _PENDING_SECONDS
+    except ValueError:
+        raise ValueError("MODELCACHE_PENDING_SECONDS is a number of seconds, not %r" % text) from None
 
 
 def received(reference: Dict[str, Any]) -> Dict[str, Any]:

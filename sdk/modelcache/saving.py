@@ -6,7 +6,7 @@ import os
 from typing import Any, Dict, Optional, Tuple, Union
 
 from . import client, flushing, keys, progress, references, views, walk
-from .connection import Connection, known_fields
+from .connection import Connection, OnProgress, known_fields
 from .errors import NotSaveableError
 from .handover import Handover
 from .metadata import encode, plain
@@ -135,7 +135,19 @@ def keep(
         draft["serializer"] = storage_format
     request = SaveOpen(draft, 0, 0, storage_format, bool(durable), bool(supersede), store)
     with walk.Source(os.fsdecode(path), follow_links) as source:
-        return _Saving(source, request).run()
+        with progress.shown(os.path.basename(source.root) or source.root) as on_progress:
+            kept, hello = _Saving(source, request, Patience(source, views.warn), on_progress).run()
+    flushing.saved(str(draft["key"]), hello)
+    return references.received(kept)
+
+
+def keep_source(
+    source: walk.Readable, reference: Dict[str, Any], metadata: Dict[str, Any], patience: Patience, store: Optional[str] = None
+) -> Dict[str, Any]:
+    """Saves what a watch found, as `keep`. To bring it to the store in time is the caller's affair: no exit of this process waits."""
+    draft = {**reference, "metadata": encode(plain(metadata)), "storage_format": "files"}
+    kept, _ = _Saving(source, SaveOpen(draft, 0, 0, supersede=True, store=store), patience, None).run()
+    return references.received(kept)
 
 
 def keep_tree(tree: str, reference: Dict[str, Any], metadata: Optional[Dict[str, Any]], store: Optional[str] = None) -> Dict[str, Any]:
@@ -154,26 +166,23 @@ def keep_tree(tree: str, reference: Dict[str, Any], metadata: Optional[Dict[str,
 class _Saving:
     """One save, over all its attempts."""
 
-    def __init__(self, source: walk.Source, request: SaveOpen) -> None:
+    def __init__(self, source: walk.Readable, request: SaveOpen, patience: Patience, on_progress: Optional[OnProgress]) -> None:
         self._source = source
         self._request = request
-        self._patience = Patience(source, views.warn)
+        self._patience = patience
+        self._on_progress = on_progress
         self._listing = self._list()
         self._is_closing = False  # the daemon may have kept it, and only its answer was lost
         if not any(self._listing[:3]):
             views.warn("%s is empty: what is saved holds nothing" % source.root)
 
-    def run(self) -> Dict[str, Any]:
-        with progress.shown(os.path.basename(self._source.root) or self._source.root) as self._on_progress:
-            while True:
-                try:
-                    reference, hello = client.shared().session(self._attempt)
-                    break
-                except Moved as moved:
-                    self._patience.pause(moved.path, moved.what)
-                    self._listing = self._list()
-        flushing.saved(self._key, hello)
-        return references.received(reference)
+    def run(self) -> Tuple[Dict[str, Any], HelloReply]:
+        while True:
+            try:
+                return client.shared().session(self._attempt)
+            except Moved as moved:
+                self._patience.pause(moved.path, moved.what)
+                self._listing = self._list()
 
     def _attempt(self, connection: Connection, hello: HelloReply) -> Tuple[Dict[str, Any], HelloReply]:
         if self._is_closing:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Dict, List, NamedTuple, Protocol, Sequence, Set, Tuple
 
 from .errors import NotPermittedError, NotSaveableError
 
@@ -45,6 +45,21 @@ class Listing(NamedTuple):
     links: List[Tuple[str, str]]  # path, target
     folders: List[str]  # empty ones
     stamps: Dict[str, Tuple[int, ...]]  # of every folder: changes when something comes, goes, or is renamed
+
+
+class Readable(Protocol):
+    """What can be handed over: listed, opened file by file, and compared with what was listed. As `Source` does it."""
+
+    @property
+    def root(self) -> str: ...
+
+    def listing(self) -> Listing: ...
+
+    def open(self, path: str) -> int: ...
+
+    def difference(self, before: Listing) -> Tuple[str, str]: ...
+
+    def name(self, path: str) -> str: ...
 
 
 class Source:
@@ -143,7 +158,7 @@ class Source:
             target = os.readlink(entry.name, dir_fd=self._descriptor)
             if not _is_utf8(target):
                 problem = "is a link to a name that is not UTF-8"
-            elif _stays_inside(path[len(inside) :].lstrip("/"), target):
+            elif stays_inside(path[len(inside) :].lstrip("/"), target):
                 made.links.append((path, target))
                 return False
             elif not self._follow_links:
@@ -277,7 +292,7 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _stays_inside(path: str, target: str) -> bool:
+def stays_inside(path: str, target: str) -> bool:
     """Whether a link can't lead out, whatever else is a link: ".." is counted where it goes up real folders only."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = 0

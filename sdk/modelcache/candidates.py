@@ -1,0 +1,181 @@
+"""Units in a scan: what the rules take for checkpoints, and what speaks against each being complete. Pure functions of what was seen.
+
+Invariants:
+- A folder that is a unit is one as a whole: nothing in it is a unit of its own.
+- A name on its way (`layouts.TEMPORARY`) is no unit, and a unit with one in it is not complete (G1).
+- `signature` is equal in two scans only if no stat of anything in the unit changed, the unit's own included (G2, G5).
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from . import layouts
+from .layouts import Rule
+from .scanning import FILE, FOLDER, LINK, OTHER, Entry, Scan, joined, shown
+
+Entries = Tuple[Tuple[str, Entry], ...]
+
+
+class Unit(NamedTuple):
+    path: str
+    kind: str  # "folder" or "file"
+    rule: Rule
+    step: Optional[int]
+    entries: Entries  # the unit and everything in it, by path in the watched folder
+    settle: float  # seconds
+    problem: str  # why it is not complete, as far as names tell; "" if nothing speaks against it
+    aliases: Tuple[Tuple[str, str], ...]  # links beside it that stand for it: path, target
+
+    @property
+    def signature(self) -> int:
+        return hash(self.entries)
+
+    @property
+    def written_ns(self) -> int:
+        """When its trainer changed it last. One that was put back is as old as it was: its mtimes are, its ctimes can't be."""
+        return max(entry.mtime_ns for _, entry in self.entries)
+
+    @property
+    def changed_ns(self) -> int:
+        """When anybody changed anything of it."""
+        return max(entry.stamp_ns for _, entry in self.entries)
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for _, entry in self.entries)
+
+    @property
+    def files(self) -> List[str]:
+        return [path for path, entry in self.entries if entry.kind == FILE]
+
+    @property
+    def order(self) -> Tuple[int, int]:
+        """Newer ones are larger."""
+        return self.written_ns, -1 if self.step is None else self.step
+
+
+def find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
+    """All units, complete or not, oldest first. Rules of a higher tier count only where those of lower ones find nothing."""
+    for tier in (layouts.FRAMEWORK, layouts.SINGLE, layouts.FALLBACK):
+        mine = [rule for rule in rules if rule.tier == tier]
+        found = sorted(_find(scan, mine), key=lambda unit: unit.order) if mine else []
+        if found:
+            return found
+    return []
+
+
+def of(scan: Scan, path: str, rule: Rule) -> Optional[Unit]:
+    """One unit as it is now, by the rule that found it; None if it has gone."""
+    return _unit(scan, path, rule) if path in scan.entries else None
+
+
+def _find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
+    found = []
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        for name in scan.names.get(folder, ()):
+            path = joined(folder, name)
+            entry = scan.entries[path]
+            if layouts.is_temporary(name) or entry.kind not in (FILE, FOLDER):
+                continue
+            rule = next((rule for rule in rules if _fits(scan, path, name, entry, rule)), None)
+            if rule is not None:
+                found.append(_unit(scan, path, rule))
+            elif entry.kind == FOLDER and layouts.may_hold_checkpoints(name):
+                pending.append(path)
+    return found
+
+
+def _fits(scan: Scan, path: str, name: str, entry: Entry, rule: Rule) -> bool:
+    if rule.tier == layouts.FALLBACK or rule.name == layouts.QUIET:
+        return "/" not in path and layouts.may_be_checkpoint(name) and (entry.kind == FILE or bool(scan.names.get(path)))
+    if rule.kind not in (entry.kind, "any") or not rule.regex.fullmatch(name):
+        return False
+    if rule.marks and not any(_has(scan, path, glob) for glob in rule.marks):
+        return False
+    return not any(_has(scan, path, glob) for glob in rule.without)
+
+
+def _unit(scan: Scan, path: str, rule: Rule) -> Unit:
+    entries = tuple(scan.below(path))
+    name = path.rpartition("/")[2]
+    settle = rule.settle_ranks if rule.settle_ranks and _ranks(scan, path, rule) > 1 else rule.settle
+    problem = _unsaveable(entries) or _missing(scan, path, rule)
+    return Unit(path, scan.entries[path].kind, rule, layouts.step_of(rule, name), entries, settle, problem, _aliases(scan, path))
+
+
+def _unsaveable(entries: Entries) -> str:
+    for path, entry in entries:
+        name = path.rpartition("/")[2]
+        if layouts.is_temporary(name):
+            return "%s is on its way" % shown(path)
+        if entry.kind == OTHER:
+            return "%s is no file" % shown(path)
+        if not name.isascii() and not _is_utf8(name):
+            return "%s has a name that is not UTF-8" % shown(path)
+    return "" if any(entry.kind == FILE for _, entry in entries) else "no file is in it"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _missing(scan: Scan, path: str, rule: Rule) -> str:
+    for glob in rule.needs:
+        if not _has(scan, path, glob):
+            return "%s is missing" % glob
+    for glob in rule.forbids:
+        if _has(scan, path, glob):
+            return "%s says that it is not complete" % glob
+    if rule.needs_any and not any(_has(scan, path, glob) for glob in rule.needs_any):
+        return "none of %s is there" % ", ".join(rule.needs_any)
+    for pair in rule.pairs:
+        first, _, second = pair.partition(":")
+        if _has(scan, path, first) and not _has(scan, path, second):
+            return "%s is missing beside %s" % (second, first)
+    for number, ranks in enumerate(_counted(scan, path, rule)):
+        if ranks != list(range(len(ranks))):
+            return "ranks are missing among %s" % rule.counted[number]
+    if rule.tracker and joined(path.rpartition("/")[0], rule.tracker) not in scan.entries:
+        return "%s is missing" % rule.tracker
+    return ""
+
+
+def _counted(scan: Scan, path: str, rule: Rule) -> List[List[int]]:
+    """The ranks of which files are there, by kind of file."""
+    found = []
+    for pattern in rule.counted:
+        matches = (layouts.compiled(pattern).fullmatch(name) for name in scan.names.get(path, ()))
+        found.append(sorted({int(match.group(1)) for match in matches if match}))
+    return found
+
+
+def _ranks(scan: Scan, path: str, rule: Rule) -> int:
+    return max(map(len, _counted(scan, path, rule)), default=0)
+
+
+def _has(scan: Scan, path: str, glob: str) -> bool:
+    first, slash, rest = glob.partition("/")
+    if not any(letter in first for letter in "*?["):
+        here = joined(path, first)
+        return here in scan.entries and (not slash or _has(scan, here, rest))
+    names = (name for name in scan.names.get(path, ()) if fnmatchcase(name, first))
+    return any(_has(scan, joined(path, name), rest) for name in names) if slash else any(True for _ in names)
+
+
+def _aliases(scan: Scan, path: str) -> Tuple[Tuple[str, str], ...]:
+    folder = path.rpartition("/")[0]
+    found: Dict[str, str] = {}
+    for name in scan.names.get(folder, ()):
+        entry = scan.entries[joined(folder, name)]
+        if entry.kind == LINK and not entry.target.startswith("/") and os.path.normpath(joined(folder, entry.target)) == path:
+            found[joined(folder, name)] = entry.target
+    return tuple(sorted(found.items()))

@@ -1,0 +1,215 @@
+"""`modelcache.watch` in a process that trains: with a block, without one, and however the process ends. Real daemons, real watchers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modelcache
+from modelcache import units, watching
+from modelcache.client import shared
+
+from . import trainer
+from .conftest import ROOT
+from .daemon import IMPORT_PATH, Daemon, clean_environment
+from .saves import fill, until
+from .test_keeping import Private
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon.start(tmp_path_factory.mktemp("daemon") / "root") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"\W", "-", request.node.name)
+
+
+@pytest.fixture
+def out(tmp_path: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MODELCACHE_SOCKET", daemon.socket)
+    yield tmp_path / "out"
+    shared().close()
+    shared().leases.close()
+
+
+def steps(name: str) -> list[int | None]:
+    return [units.step_of(each) for each in units.newest_first(modelcache.list("checkpoint", name))]
+
+
+def train(out: Path, *some: int) -> None:
+    for step in some:
+        trainer.save(out, step, trainer.weights_after(step))
+
+
+def program(code: str, socket: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = clean_environment(MODELCACHE_SOCKET=socket, PYTHONPATH=os.pathsep.join([IMPORT_PATH, str(ROOT)]))
+    return subprocess.Popen([sys.executable, "-u", "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_a_block(out: Path, name: str) -> None:
+    with modelcache.watch(out, name, flush_seconds=3) as watched:
+        assert (watched.directory, watched.name, watched.where, watched.restored) == (str(out), name, "daemon", None)
+        train(out, 10, 20)
+    latest = modelcache.latest(name)
+    assert latest is not None and latest["unit"] == "checkpoint-20"
+    status = watched.stop()  # once more is no more
+    assert (status.captured_count, status.pending) == (2, [])
+    assert steps(name) == [20, 10]
+    with modelcache.watch(out.with_name("again"), name, resume=True, flush_seconds=1) as watched:
+        assert watched.restored is not None and watched.restored["unit"] == "checkpoint-20"
+        assert trainer.load(out.with_name("again") / "checkpoint-20") == (20, trainer.weights_after(20))
+    assert watched.status().captured_count == 0  # what was put back is no news
+
+
+def test_without_a_block_and_without_a_name(out: Path, name: str) -> None:
+    watched = modelcache.watch(str(out.with_name(name)))
+    assert watched.name == name and repr(watched).startswith("<Watching ")
+    train(out.with_name(name), 10)
+    until(lambda: watched.status().captured_count == 1)
+    assert watched.stop(1).pending == []
+    assert steps(name) == [10]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_fails(out: Path, name: str, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with modelcache.watch(out, name, flush_seconds=3):
+            train(out, 10)
+            raise error("it broke")
+
+    with pytest.raises(error, match="it broke"):
+        fail()
+    assert steps(name) == [10]
+
+
+def test_what_stays(out: Path, name: str) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5}
+    with modelcache.watch(out, name, keep=1, keep_best="loss", flush_seconds=3):
+        for step, loss in losses.items():
+            trainer.save(out, step, b"weights", loss=loss)
+    assert steps(name) == [40, 20]
+    assert len(trainer.checkpoints(out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"keep": 0}, "at least 1"),
+        ({"keep_best": "f1:best"}, "direction"),
+        ({"every": -1}, "every is a number of seconds"),
+        ({"layout": "unheard-of"}, "no layout is called"),
+        ({"name": "a/b"}, "can't contain '/'"),
+    ],
+)
+def test_what_makes_no_sense(out: Path, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        modelcache.watch(out, **arguments)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_none(out: Path) -> None:
+    out.write_text("a file")
+    with pytest.raises(OSError, match="out"):
+        modelcache.watch(out)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import modelcache
+from tests import trainer
+out = Path(sys.argv[1])
+watched = modelcache.watch(out, sys.argv[2])
+trainer.save(out, 10, b"weights")
+print("saved", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process(out: Path, name: str, daemon: Daemon) -> None:
+    with program(KILLED, daemon.socket, str(out), name) as process:
+        assert process.communicate(timeout=30)[0] == "saved\n"
+    assert process.returncode == -signal.SIGKILL
+    until(lambda: steps(name) == [10])
+
+
+ENDS = """
+import os, sys
+from pathlib import Path
+import modelcache
+from tests import trainer
+out = Path(sys.argv[1])
+watched = modelcache.watch(out, sys.argv[2], flush_seconds=3)
+trainer.save(out, 10, b"weights")
+if os.fork() == 0:
+    sys.exit()  # its parent's watch is not its own
+os.wait()
+print(watched.status().captured_count, flush=True)
+"""
+
+
+def test_the_end_of_a_process_waits_for_a_private_daemon(tmp_path: Path) -> None:
+    """It may end with the job's container."""
+    store = tmp_path / "store"
+    with Private.start(tmp_path / "root", store=f"file://{store}") as daemon:
+        with program(ENDS, daemon.socket, str(tmp_path / "out"), "run") as process:
+            assert process.communicate(timeout=30)[0] == "0\n" and process.returncode == 0
+        assert len(list(store.rglob("refs/**/*.run.*.json"))) == 1
+
+
+def test_the_end_of_a_process_does_not_wait_for_a_nodes_daemon(out: Path, name: str, daemon: Daemon) -> None:
+    with program(ENDS, daemon.socket, str(out), name) as process:
+        assert process.communicate(timeout=30)[0] == "0\n" and process.returncode == 0
+        assert steps(name) == []  # it has to be quiet for longer than the process took
+    until(lambda: steps(name) == [10])
+
+
+def test_signals_stay_the_programs(out: Path, name: str) -> None:
+    """No thread of ours takes one that the program blocks to wait for it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with modelcache.watch(out, name, flush_seconds=1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert signal.sigtimedwait([signal.SIGUSR1], 5) is not None
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask | {signal.SIGUSR1}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_what_is_not_in_the_store_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with Daemon.start(tmp_path / "root") as daemon:
+        monkeypatch.setenv("MODELCACHE_SOCKET", daemon.socket)
+        fill(daemon.root / "store", {"blobs": b"no folder: nothing can be put into it"})
+        with modelcache.watch(tmp_path / "out", "run", flush_seconds=3):
+            train(tmp_path / "out", 10)
+        assert ["1 checkpoint of run not in the store yet" in text for text in caplog.messages] == [True]
+        (daemon.root / "store/blobs").unlink()
+        modelcache.flush(everything=True)
+        shared().close()
+        shared().leases.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes root: the daemon has another uid than the trainer")
+def test_a_daemon_of_another_user(shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Daemon.start(shared_tmp_path / "root", uid=1500) as daemon:
+        monkeypatch.setenv("MODELCACHE_SOCKET", daemon.socket)
+        out = shared_tmp_path / "out"
+        with modelcache.watch(out, "run", flush_seconds=3) as watched:
+            assert watched.where.startswith("helper ")
+            train(out, 10)
+        assert steps("run") == [10] and watching.unfinished(watched.status()) == []
+        shared().close()
+        shared().leases.close()
