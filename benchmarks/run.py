@@ -18,18 +18,18 @@ from typing import Any
 
 from modelcached import __version__
 
-from . import fetch, metaflow, save
+from . import fetch, metaflow, save, watch
 from .peers import MissingPeer
 from .processes import ROOT
 from .report import Row, table, write_into
 
 RESULTS = Path(__file__).with_name("results.json")
-WHOLE = ("fetch", "save", "metaflow")
+WHOLE = ("fetch", "save", "metaflow", "watch")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
-    rounds = f"fetch: {fetch.ROUNDS}, save: {save.ROUNDS}, metaflow: {metaflow.ROUNDS}"
+    rounds = f"fetch: {fetch.ROUNDS}, save: {save.ROUNDS}, metaflow: {metaflow.ROUNDS}, watch: {watch.ROUNDS}"
     parser.add_argument("--rounds", type=int, help=f"of what takes long ({rounds})")
     parser.add_argument(
         "--size", type=int, metavar="MIB", help=f"of what flows keep and fetch ({metaflow.MEBIBYTES}); another is not written down"
@@ -60,7 +60,7 @@ def _measure(only: str | None, rounds: int | None, size: int | None) -> dict[str
         found["fetch"] = _facts()
         rows, facts = fetch.measure(rounds or fetch.ROUNDS)
         found["fetch"] |= {**facts, "rows": [row.to_json() for row in rows]}
-    if only not in ("fetch", "metaflow"):
+    if only in (None, "save", *save.PARTS):
         found["save"] = _facts()
         rows, facts = save.measure(rounds or save.ROUNDS, only if only in save.PARTS else "")
         found["save"] |= {**facts, "rows": [row.to_json() for row in rows]}
@@ -68,6 +68,10 @@ def _measure(only: str | None, rounds: int | None, size: int | None) -> dict[str
         found["metaflow"] = _facts()
         rows, facts = metaflow.measure(rounds or metaflow.ROUNDS, size or metaflow.MEBIBYTES)
         found["metaflow"] |= {**facts, "rows": [row.to_json() for row in rows]}
+    if only in (None, "watch"):
+        found["watch"] = _facts()
+        rows, facts = watch.measure(rounds or watch.ROUNDS)
+        found["watch"] |= {**facts, "rows": [row.to_json() for row in rows]}
     return found
 
 
@@ -85,7 +89,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _text(found: dict[str, dict[str, Any]]) -> str:
-    notes = {"fetch": _fetch_note, "save": _save_note, "metaflow": _metaflow_note}
+    notes = {"fetch": _fetch_note, "save": _save_note, "metaflow": _metaflow_note, "watch": _watch_note}
     shown = [(found[name], notes[name]) for name in WHOLE if name in found]
     return "\n\n".join(f"{table([Row.from_json(row) for row in facts['rows']])}\n\n{note(facts)}" for facts, note in shown)
 
@@ -113,6 +117,14 @@ def _metaflow_note(facts: dict[str, Any]) -> str:
         f"{_how(facts)} The peer is metaflow-checkpoint {facts['metaflow-checkpoint']}; both under Metaflow {facts['metaflow']}, "
         "with an empty cache and an empty datastore in every run. A step's seconds are its task's, with the interpreter's start and "
         "the wait for the store. The disk is the node's: with a local datastore what that holds counts, with S3 it does not."
+    )
+
+
+def _watch_note(facts: dict[str, Any]) -> str:
+    return (
+        f"{_how(facts)} Peers: a loop of `s5cmd sync` {facts['s5cmd']}, which also sends what is half written, and metaflow-checkpoint "
+        f"{facts['metaflow-checkpoint']}; the S3 server is SeaweedFS {facts['seaweedfs']} on the same cores. A checkpoint has to be quiet "
+        "for 5 s before it is taken."
     )
 
 

@@ -108,7 +108,7 @@ def measure(rounds: int = ROUNDS, only: str = "") -> tuple[list[Row], dict[str, 
     with (
         tempfile.TemporaryDirectory(prefix="modelcached-bench-") as name,
         SeaweedFS.start(name, volume_megabytes=1024) as seaweed,
-        _environment(seaweed.environment()),
+        environment(seaweed.environment()),
     ):
         bench = Bench(seaweed, Path(name), rounds)
         rows = [row for part, rows_of in PARTS.items() if only in ("", part) for row in rows_of(bench)]
@@ -303,7 +303,7 @@ def _training(bench: Bench) -> list[Row]:
             _renew(source)
             node.task.call("save", path=str(source))
             flushed = thread.submit(node.task.call, "flush")
-            with _only_idle_cores(bench.seaweed.pid):
+            with only_idle_cores(bench.seaweed.pid):
                 busy, idle = _windows(loop, node.daemon.pid, flushed)
             flushed.result()
             found["busy"].append(1e9 * len(busy) / sum(busy))
@@ -354,7 +354,7 @@ def _compare(source: Path, loaded: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_idle_cores(pid: int) -> Iterator[None]:
+def only_idle_cores(pid: int) -> Iterator[None]:
     """That process gets what nobody else wants, as if it ran on another machine; for good where the caller is not root."""
 
     def schedule(policy: int, nice: int) -> None:
@@ -372,7 +372,7 @@ def _only_idle_cores(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before: dict[str, Any] = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
