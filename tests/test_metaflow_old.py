@@ -14,7 +14,8 @@ from .daemon import Daemon
 from .hub.handle import Hub
 from .metaflow_runs import FLOWS, Runs
 from .test_metaflow_stores import private
-from .test_wheel import Install, wheel
+from .test_wheel import wheel
+from .wheels import Install
 
 __all__ = ["wheel"]  # a fixture
 

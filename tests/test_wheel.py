@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from .conftest import ROOT
+from .wheels import Install, build, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -22,44 +19,9 @@ WHOLE = ("main", "server", "fetch", "oracle", "sdk_connection", "sdk_hub", "cli_
 PACKAGES = ["modelcache", "modelcached"]
 
 
-def run(*command: str | Path, cwd: Path = Path("/"), **environment: str) -> str:
-    """Without the caller's Python settings: only the virtualenv says what can be imported. Warnings are errors."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    clean |= {"PYTHONWARNINGS": "error", **environment}
-    ran = subprocess.run([str(part) for part in command], env=clean, cwd=cwd, text=True, capture_output=True, stdin=subprocess.DEVNULL)
-    assert ran.returncode == 0, f"{' '.join(map(str, command))}\n{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
-
-
-class Install(NamedTuple):
-    bin: Path
-    site: Path
-
-    def python(self, code: str) -> str:
-        return run(self.bin / "python", "-c", code).strip()
-
-    @classmethod
-    def of(cls, wheel: Path, directory: Path) -> Install:
-        run(sys.executable, "-m", "venv", "--without-pip", directory)
-        pip = (sys.executable, "-m", "pip", "--python", directory / "bin" / "python")
-        run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, PYTHONWARNINGS="")
-        site = run(directory / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        return cls(directory / "bin", Path(site.strip()))
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, because setuptools writes beside its sources."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    for name in ("daemon", "sdk", "tests"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    build = ("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)
-    run(sys.executable, "-m", "pip", *build, PYTHONWARNINGS="")
-    (built,) = target.glob("*.whl")
-    return built
+    return build(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +50,8 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     for root in ("daemon", "sdk"):
         modules = {str(path.relative_to(ROOT / root)) for path in (ROOT / root).rglob("*.py")}
         assert modules <= set(names)
+    units = {path.relative_to(ROOT) for path in (ROOT / "systemd").rglob("*") if path.is_file()}
+    assert units and {f"modelcached/{path}" for path in units} <= set(names)
 
 
 def test_wheel_licence_and_dependencies(sdk_alone: Install) -> None:
