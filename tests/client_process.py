@@ -80,6 +80,8 @@ class Task:
         from modelcache import client, protocol
 
         kinds: dict[str, Any] = {"rm": protocol.Remove, "ls": protocol.List_, "verify": protocol.Verify, "status": protocol.Status}
+        kinds |= {"pin": protocol.Pin, "pins": protocol.Pins, "unpin": protocol.Unpin}
+        kinds |= {"evict": protocol.Evict, "explain": protocol.Explain}
         return {"value": client.shared().call(method, kinds[method](**arguments))}
 
     def do_save(self, path: str, **arguments: Any) -> dict[str, Any]:

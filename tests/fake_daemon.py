@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from modelcache.protocol import ERROR_CODES, PROTOCOL_VERSION
+from modelcache.codes import ERROR_CODES
+from modelcache.protocol import PROTOCOL_VERSION
 
 WAIT_SECONDS = 10.0
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -24,7 +24,7 @@ from modelcache.protocol import PROTOCOL_VERSION, HelloReply, Progress
 from modelcached import errors
 from modelcached.command import main
 from modelcached.config import Config
-from modelcached.connection import Service
+from modelcached.connection import Service, Traffic
 from modelcached.model import Caller, Reply
 
 DEADLINE_SECONDS = 15.0
@@ -65,6 +65,7 @@ class FakeService:
         "cancelled": Named,  # until a wait was cancelled
         "refuse": Named,
         "crash": Nothing,
+        "block": Named,  # the event loop, until somebody writes to the FIFO of that name
         "give_up": Nothing,
         "nested": Nothing,
         "open": Count,
@@ -78,11 +79,14 @@ class FakeService:
     taking: frozenset[str] = frozenset()
     is_busy = False
 
-    def __init__(self, config: Config, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, config: Config, traffic: Traffic) -> None:
         self._config = config
-        self._counts = counts
+        self._counts = traffic.counts
         self._events: dict[str, asyncio.Event] = {}
         self.ended = asyncio.Event()
+
+    def reload(self, config: Config) -> None:
+        self.config = config
 
     def hello(self) -> HelloReply:
         config = self._config
@@ -136,6 +140,11 @@ class FakeService:
     async def _crash(self, *_: Any) -> Reply:
         raise RuntimeError("the secret is hf_abcdefghijklmnop")
 
+    async def _block(self, params: Named, *_: Any) -> Reply:
+        with open(params.name) as told:  # noqa: ASYNC230 - on purpose
+            told.read()
+        return Reply(params)
+
     async def _give_up(self, *_: Any) -> Reply:
         raise asyncio.CancelledError  # as from a future that somebody else cancelled
 
@@ -172,11 +181,11 @@ async def build(
     background: asyncio.TaskGroup,
     flights: asyncio.TaskGroup,
     closing: contextlib.AsyncExitStack,
-    counts: Callable[[], Mapping[str, int]],
+    traffic: Traffic,
 ) -> Service:
     if config.root.name == "locked":
         raise errors.InUse("the root is in use", "stop the other daemon")
-    service = FakeService(config, counts)
+    service = FakeService(config, traffic)
 
     async def fail_when_asked() -> None:
         await service.ended.wait()
@@ -320,6 +329,12 @@ class Daemon:
                     return
         finally:
             os.close(ended)
+
+    def hears(self, seconds: float) -> bool:
+        """Whether the daemon tells the service manager anything within this time; what it has told before is dropped."""
+        while select.select([self._notices], [], [], 0)[0]:
+            self._notices.recv(4096)
+        return bool(select.select([self._notices], [], [], seconds)[0])
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -323,6 +324,8 @@ def test_ls_rm_verify(world: World, tmp_path: Path) -> None:
 def test_status(world: World) -> None:
     ran = world.run("status")
     assert ran.returncode == 0 and f"pid {world.daemon.pid}, up " in ran.stdout and str(world.daemon.root) in ran.stdout
+    for words in ("of at most all there is", "0 trees evicted", "limits", "from disk, the store, the hub"):
+        assert words in ran.stdout, ran.stdout
     assert world.json("status")["pid"] == world.daemon.pid and world.json("status")["socket"] == world.daemon.socket
 
 
@@ -360,7 +363,8 @@ def test_doctor_finds_nothing_wrong(world: World) -> None:
     assert ran.returncode == 0, ran.stdout
     assert "wrong" not in ran.stdout and "accepts your token" in ran.stdout and TOKEN not in ran.stdout + ran.stderr
     checks = {finding["check"]: finding["state"] for finding in world.json("doctor")["findings"]}
-    assert {"clock", "token", "socket", "daemon", "root", "disk", "hub"} <= set(checks) and "wrong" not in checks.values()
+    wanted = {"clock", "token", "socket", "daemon", "root", "rights", "copies", "privacy", "disk", "spool", "store", "hub"}
+    assert wanted <= set(checks) and "wrong" not in checks.values()
 
 
 def test_doctor_finds_what_is_wrong_and_what_mends_it(world: World, tmp_path: Path) -> None:
@@ -381,6 +385,10 @@ def test_doctor_finds_what_is_wrong_and_what_mends_it(world: World, tmp_path: Pa
         assert ran.returncode == 1 and "no download can start" in ran.stdout
     ran = run({**world.environment(), "MODELCACHE_SOCKET": daemon.socket}, "doctor")
     assert ran.returncode == 1 and "no daemon listens" in ran.stdout
+    (tmp_path / "file").write_text("")
+    with Daemon.start(tmp_path / "other", world.hub, store=f"file://{tmp_path}/file", shutdown_seconds=0) as daemon:
+        ran = run({**world.environment(), "MODELCACHE_SOCKET": daemon.socket}, "doctor")
+        assert ran.returncode == 1 and re.search(r"^wrong +store .*\n +hint: ", ran.stdout, re.M), ran.stdout
 
 
 def test_nobody_is_started_only_to_be_looked_at(tmp_path: Path) -> None:

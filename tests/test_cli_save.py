@@ -278,7 +278,8 @@ def test_a_store_that_is_away(away: Away, world: World) -> None:
     away.come_back()
     assert run(environment, "flush").stderr == "everything is in the store\n"
     status = run(environment, "status").stdout
-    assert "\nspool     empty\n" in status and "\nto store  70" in status and " in 1 save so far\n" in status and "last error" not in status
+    assert "\nspool       empty\n" in status and "\nto store    70" in status and " in 1 save so far\n" in status
+    assert "last error" not in status
     assert json.loads(run(environment, "ls", "--store", "--json").stdout)["references"][0]["state"] == "stored"
 
 
@@ -317,7 +318,7 @@ def test_flush_shows_what_is_left(away: Away, world: World) -> None:
 
 def test_status_names_saves_that_cant_be_read(tmp_path: Path) -> None:
     with Daemon.start(tmp_path / "root") as daemon:
-        assert "spool     empty" in run(environment_of(daemon, tmp_path), "status").stdout
+        assert "spool       empty" in run(environment_of(daemon, tmp_path), "status").stdout
         broken = tmp_path / "root" / "spool" / "20250101T000000-0123456789ab"
         broken.mkdir()
         daemon.restart()

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from modelcached import config
-from modelcached.config import SETTINGS, Config, ConfigError, Space, load
+from modelcached.config import SETTINGS, Config, ConfigError, load
+from modelcached.kinds import Space
 
 
 def load_file(tmp_path: Path, text: str, flags: dict[str, str] | None = None, environment: dict[str, str] | None = None) -> Config:
@@ -63,6 +64,11 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
         ("offline", "yes", True),
         ("offline", "0", False),
         ("max_connections", "5", 5),
+        ("metrics", "", ""),
+        ("metrics", "127.0.0.1:0", "127.0.0.1:0"),
+        ("metrics", "[::1]:9464", "[::1]:9464"),
+        ("metrics", "localhost:9464", "localhost:9464"),
+        ("metrics", "unix:/run/m.sock", "unix:/run/m.sock"),
         ("hub_endpoint", "http://localhost:8080/", "http://localhost:8080"),
         ("hub_endpoints", "https://a/, https://b/x https://a", ("https://a", "https://b/x")),
     ],
@@ -88,6 +94,11 @@ def test_values_as_text(field: str, text: str, value: object) -> None:
         ("offline", "perhaps"),
         ("max_connections", "1.5"),
         ("max_connections", "0"),
+        ("metrics", "0.0.0.0:9464"),
+        ("metrics", "example.org:9464"),
+        ("metrics", "127.0.0.1"),
+        ("metrics", "127.0.0.1:65536"),
+        ("metrics", "unix:m.sock"),
         ("hub_endpoint", "ftp://host"),
         ("hub_endpoint", "https://"),
         ("hub_endpoint", "https://[::1"),

@@ -26,26 +26,27 @@ ROWS = """
 __main__
 command
 build
-server
+server metrics
 connection
-verbs outbox arguments
+verbs outbox arguments admission
 service
-keeping
-fetch save hashing upload load collect upkeep watch evict
-sharing
+keeping tending keep importing
+fetch save hashing upload load collect upkeep watch evict scrub
+sharing repair
 gather convert
 flights lookup
-exchange depot
+exchange depot selection
 places stores records claims
-root references legacy gc_claim
-blobs trees repos spool leases
+root features references legacy gc_claim room tenants leftovers
+blobs trees repos spool leases pins
 transfer store capture
 hub
 download
-partials tars
-singleflight tasks lanes spans packs durable acl filesystems frames listen notify logs recent meter
+partials tars first_start holds usage
+singleflight tasks lanes spans packs durable acl filesystems frames install listen notify logs recent hubtoken meter latencies rates policy
 layout
 config
+kinds
 model
 errors
 """
@@ -55,18 +56,20 @@ ROW = {name: number for number, row in enumerate(reversed(ROWS.split("\n"))) for
 DAEMON_CLIENTS = {
     "aiobotocore": {"store"},
     "botocore": {"store"},
-    "aiohttp": {"hub", "transfer", "store"},
+    "aiohttp": {"hub", "transfer", "store", "metrics"},
     "yarl": {"hub", "transfer"},  # aiohttp's URLs
     "huggingface_hub": {"hub"},
     "aiofiles": {"*"},
     "msgspec": {"*"},
-    "prometheus_client": {"build", "server", "service"},
+    "prometheus_client": {"metrics"},
     "modelcache.watch_host": {"watch"},  # the watcher is the SDK's own wherever it runs, and in the daemon it is one of its clients
     "modelcache.client": {"watch"},
-    "modelcache.protocol": {"*"},  # the one module both sides share; nothing else of the SDK
+    "modelcache.protocol": {"*"},  # what both sides share; nothing else of the SDK
+    "modelcache.codes": {"verbs"},
+    "modelcache.takeover": {"importing"},
 }
 SDK_CLIENTS = {
-    "rich": {"cli_show"},  # both have plain lines for a machine without it
+    "rich": {"cli_show", "cli_top"},  # both have plain lines for a machine without it
     "huggingface_hub": {"tokens"},  # asked only for tokens that have to be exchanged first
     "tqdm": {"progress"},
     "watchfiles": {"watch_events"},  # without it folders are looked at every few seconds

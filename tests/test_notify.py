@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def test_what_the_service_manager_hears(tmp_path: Path, is_abstract: bool) -> No
         notifier.alive()
         notifier.stopping()
         assert [manager.recv(100) for _ in range(4)] == [b"READY=1", b"STATUS=two lines", b"WATCHDOG=1", b"STOPPING=1"]
+        before = time.monotonic_ns() // 1000
+        notifier.reloading()
+        state, _, when = manager.recv(100).partition(b"\nMONOTONIC_USEC=")
+        assert state == b"RELOADING=1" and before <= int(when) <= time.monotonic_ns() // 1000
 
 
 @pytest.mark.parametrize(

@@ -128,17 +128,19 @@ def test_everything_of_another_uid(shared_tmp_path: Path, storage_format: str, m
         daemon.restart()
 
 
-def test_a_view_is_closed_to_others_until_they_have_the_key(shared_tmp_path: Path) -> None:
+def test_a_save_that_waits_for_its_store_is_its_owners(shared_tmp_path: Path) -> None:
+    """And root's, who sees everything. Others have to wait until the store has it (tests/test_rights.py)."""
     as_uid(DAEMON_UID)  # or skip
     with Daemon.start(shared_tmp_path / "root", uid=DAEMON_UID, store=AWAY) as daemon:
         with wired(daemon.socket) as wire, Client.of(daemon, uid=TASK_UID) as task, Client.of(daemon, uid=OTHER_UID) as other:
-            reference = wire.save("private", {"a": b"secret"})
+            task.begin("save", path=str(fill(shared_tmp_path / "secret", {"a": b"secret"})))
+            reference = task.good().value
             task.begin("load", reference=reference, hashes=True)
-            path = task.good().path
-            assert path is not None
-            assert other.call("hashes", folder=path).files == {}  # os.walk sees nothing in what it may not enter
-            other.begin("load", reference=reference, hashes=True)
-            assert other.good().files == hashes({"a": b"secret"})
+            loaded = task.good()
+            assert loaded.path is not None and loaded.files == hashes({"a": b"secret"})
+            assert other.call("hashes", folder=loaded.path).files == {}  # os.walk sees nothing in what it may not enter
+            assert other.call("load", reference=reference).error is not None
+            assert wire.request("load", key=reference["key"])["path"] == loaded.path
 
 
 def test_what_was_captured_is_shared_not_copied(daemon: Daemon, wire: Wire) -> None:

@@ -21,7 +21,7 @@ from huggingface_hub.utils._validators import smoothly_deprecate_legacy_argument
 import modelcache
 from modelcache import errors, names
 from modelcache.client import shared
-from modelcache.protocol import ERROR_CODES
+from modelcache.codes import ERROR_CODES
 
 from .fake_daemon import COMMIT, FakeDaemon, Request
 from .test_sdk_client import in_python

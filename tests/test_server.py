@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from modelcache.protocol import ERROR_CODES, MAX_DESCRIPTORS, MAX_MESSAGE_BYTES, MAX_REQUESTS, PROTOCOL_VERSION, Fetch
+from modelcache.codes import ERROR_CODES
+from modelcache.protocol import MAX_DESCRIPTORS, MAX_MESSAGE_BYTES, MAX_REQUESTS, PROTOCOL_VERSION, Fetch
 from modelcached.errors import InvalidRequest
 from modelcached.verbs import Verb
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import config, filesystems, logs
+from . import config, filesystems, first_start, logs
 from .config import Config
 
 EPILOG = """\
@@ -21,6 +22,8 @@ exit codes:
 Each field can also be set in the configuration file, and as MODELCACHED_<FIELD> in the environment
 (flag over environment over file over default). Sizes: 512KiB, 10GB. Durations: 90s, 10m, 1h.
 """
+
+INSTALL = "put the systemd units in place, and tell the command that starts the daemon"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +55,19 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--log-level", choices=logs.LEVELS, default="info", help="what is worth a line (default: info)")
         if name != "version":
             _add_settings(command)
+    _add_install(commands.add_parser("install", help=INSTALL, description=INSTALL[0].upper() + INSTALL[1:] + ".", allow_abbrev=False))
     return top
+
+
+def _add_install(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--user", action="store_true", help="for yourself alone, in your own systemd")
+    for flag, default, words in (
+        ("--prefix", "/usr/local", "units go to DIR/lib"),
+        ("--root", "/", "below DIR, for an image or a package"),
+    ):
+        command.add_argument(flag, metavar="DIR", type=Path, default=Path(default), help=f"{words} (default: %(default)s)")
+    command.add_argument("--command", metavar="PATH", dest="program", default="", help="what the units run (default: this program)")
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -72,7 +87,11 @@ def settings(asked: argparse.Namespace) -> Config:
     flags = {name: text for name in config.SETTINGS if (text := getattr(asked, f"field_{name}")) is not None}
     named = asked.config or os.environ.get("MODELCACHED_CONFIG")
     defaults = {"root": _private_root(os.environ), "socket": _private_socket(os.environ)} if asked.private else {}
-    return config.load(flags, os.environ, private=asked.private, file=Path(named) if named else None, defaults=defaults)
+    found = config.load(flags, os.environ, private=asked.private, file=Path(named) if named else None, defaults=defaults)
+    if not asked.private or found.origins["max_size"] != "default":
+        return found
+    size = first_start.max_size(found.root)
+    return dataclasses.replace(found, max_size=size, origins={**found.origins, "max_size": first_start.ORIGIN})
 
 
 def _private_root(environment: Mapping[str, str]) -> Path:

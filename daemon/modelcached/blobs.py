@@ -6,6 +6,7 @@ There is no index: existence is a stat. What lies is moved to quarantine/ and co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -19,6 +20,7 @@ from .errors import disk_errors
 from .layout import Layout
 from .model import Digest, is_digest
 from .tasks import Pool
+from .usage import Usage, on_disk
 
 SYNC_THREADS = 8  # fsyncs of a batch in flight: they wait for the disk, not for a core
 BATCH_FILES = 512
@@ -28,6 +30,7 @@ HASH_BYTES = 1 << 20
 class Blobs:
     def __init__(self, layout: Layout, pool: Pool, group: asyncio.TaskGroup) -> None:
         self._layout = layout
+        self.usage = Usage(layout)
         self._pool = pool
         self._group = group
         self._syncing = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
@@ -104,7 +107,16 @@ class Blobs:
         for digest, source in sources.items():
             if not self.has(digest, source.stat().st_size):
                 self.check(digest)  # a blob that lies must not keep the good one from its name (I10)
-        durable.publish([durable.Staged(source, self._layout.blob(digest)) for digest, source in sources.items()], self._syncing.map)
+        self._give_names([durable.Staged(source, self._layout.blob(digest)) for digest, source in sources.items()])
+
+    def _give_names(self, batch: list[durable.Staged]) -> None:
+        new = [staged.target for staged in batch if not staged.target.exists()]
+        try:
+            durable.publish(batch, self._syncing.map)
+        finally:
+            for path in new:
+                with contextlib.suppress(FileNotFoundError):
+                    self.usage.note(path, on_disk(os.stat(path)))
 
     async def share(self, source: Path, digest: Digest) -> None:
         """Makes a captured file and its blob one: the file becomes the blob, or a second name of the one that is here."""
@@ -123,6 +135,7 @@ class Blobs:
             else:
                 if not is_linked:
                     raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(source))
+                self.usage.note(path, on_disk(os.stat(path)))
                 return durable.sync_folders([path.parent])
         if not path.samefile(source):
             second = self._layout.fresh("second")
@@ -159,7 +172,7 @@ class Blobs:
             except BaseException:
                 source.unlink(missing_ok=True)
                 raise
-            durable.publish([durable.Staged(source, target, executable=True)], self._syncing.map)
+            self._give_names([durable.Staged(source, target, executable=True)])
 
     def check(self, digest: Digest) -> bool:
         """Re-hashes a blob (blocks). False: it lied and is in quarantine, or was not here."""
@@ -180,21 +193,42 @@ class Blobs:
         for executable in (False, True):
             path = self._layout.blob(digest, executable)
             if path.exists():
+                self.usage.note(path, -on_disk(os.stat(path)))
                 os.utime(path)  # views that still show these bytes are seen to lie too, also by the next daemon
                 durable.rename(path, self._layout.quarantine / path.name)
                 self.quarantined += 1
 
+    def names(self, digest: Digest) -> tuple[int, int]:
+        """How many names a blob has beside its own, and the bytes that it takes on the disk: a view's links, and a save's."""
+        found = self._look(digest)
+        return sum(status.st_nlink - 1 for _, status in found), sum(on_disk(status) for _, status in found)
+
+    def set_aside(self, digest: Digest) -> tuple[list[Path], int]:
+        """Moves a blob out of sight that has no other name: where it lies now, and its bytes. Nothing, if somebody shows it."""
+        found = self._look(digest)
+        if any(status.st_nlink > 1 for _, status in found):
+            return [], 0
+        aside = []
+        for path, status in found:
+            aside.append(self._layout.fresh("forgotten"))
+            durable.rename(path, aside[-1])
+            self.usage.note(path, -on_disk(status))
+        return aside, sum(on_disk(status) for _, status in found)
+
     def forget(self, digest: Digest) -> int:
         """Removes a blob that no view shows any more; the bytes freed (0: somebody still shows it)."""
-        path = self._layout.blob(digest)
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            return 0
-        if found.st_nlink > 1:
-            return 0
-        path.unlink(missing_ok=True)
-        return found.st_blocks * 512
+        aside, freed = self.set_aside(digest)
+        for path in aside:
+            path.unlink(missing_ok=True)
+        return freed
+
+    def _look(self, digest: Digest) -> list[tuple[Path, os.stat_result]]:
+        """The blob's files: its own, and the executable one."""
+        found = []
+        for path in (self._layout.blob(digest), self._layout.blob(digest, executable=True)):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path, os.stat(path)))
+        return found
 
     def walk(self) -> Iterator[tuple[Digest, int]]:
         """Every blob and its size in bytes (blocks)."""

@@ -6,6 +6,7 @@ connections end the flights, then the background tasks, then what they used. A b
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import faulthandler
@@ -16,13 +17,14 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from modelcache.protocol import PROTOCOL_VERSION
 
-from . import __version__, arguments, config, listen, logs
+from . import __version__, arguments, config, install, listen, logs
+from .admission import Admission
 from .config import Config, ConfigError
 from .connection import Service, Traffic
 from .errors import InUse, ModelcachedError
@@ -40,7 +42,7 @@ logger = logging.getLogger("modelcached")
 
 class Builder(Protocol):
     """Makes the service: opens the root, starts what runs in the background. Registers with `closing` what has to be
-    closed after every task has ended. `counts` tells, at any time, how many connections and requests there are."""
+    closed after every task has ended. `traffic` tells, at any time, how many connections and requests there are."""
 
     def __call__(
         self,
@@ -48,7 +50,7 @@ class Builder(Protocol):
         background: asyncio.TaskGroup,
         flights: asyncio.TaskGroup,
         closing: contextlib.AsyncExitStack,
-        counts: Callable[[], Mapping[str, int]],
+        traffic: Traffic,
     ) -> Awaitable[Service]: ...
 
 
@@ -56,6 +58,8 @@ def main(words: Sequence[str] | None = None, build: Builder | None = None) -> in
     asked = arguments.parser().parse_args(words)
     if asked.command == "version":
         return _version(asked.json)
+    if asked.command == "install":
+        return _install(asked)
     try:
         settings = arguments.settings(asked)
     except ConfigError as error:
@@ -63,7 +67,7 @@ def main(words: Sequence[str] | None = None, build: Builder | None = None) -> in
     if asked.command == "check-config":
         return _show(settings, asked.json)
     logs.start(asked.log_format, asked.log_level)
-    return serve(settings, build or _build_service())
+    return serve(settings, build or _build_service(), lambda: arguments.settings(asked))
 
 
 def _build_service() -> Builder:
@@ -76,8 +80,8 @@ def _build_service() -> Builder:
 # ---- serve
 
 
-def serve(settings: Config, build: Builder) -> int:
-    """Runs until told to end; the exit code."""
+def serve(settings: Config, build: Builder, reread: Callable[[], Config]) -> int:
+    """Runs until told to end; the exit code. `reread` gives the configuration as it is by now."""
     faulthandler.enable()
     os.umask(0o022)
     _raise_descriptor_limit(settings.max_connections)
@@ -85,12 +89,12 @@ def serve(settings: Config, build: Builder) -> int:
     try:
         listener = listen.adopt(os.environ) or _bind(settings)
         with contextlib.closing(listener):
-            asyncio.run(_serve(settings, build, listener, notifier))
+            asyncio.run(_serve(settings, build, listener, notifier, reread))
     except listen.ListenError as error:
         return _fail(error.message, error.hint, EXIT_FAILED)
     except Exception as error:
         cause = _only(error)
-        if isinstance(cause, ModelcachedError):
+        if isinstance(cause, ModelcachedError | listen.ListenError):
             return _fail(cause.message, cause.hint, EXIT_TEMPORARY if isinstance(cause, InUse) else EXIT_FAILED)
         logger.critical("the daemon failed", exc_info=error)
         return EXIT_FAILED
@@ -98,16 +102,18 @@ def serve(settings: Config, build: Builder) -> int:
     return EXIT_OK
 
 
-async def _serve(settings: Config, build: Builder, listener: listen.Listener, notifier: Notifier) -> None:
+async def _serve(
+    settings: Config, build: Builder, listener: listen.Listener, notifier: Notifier, reread: Callable[[], Config]
+) -> None:
     stop = asyncio.Event()
     _end_on_signals(stop, settings.shutdown_seconds)
     notifier.status("starting")
     # The nesting is the order of the end, from the inside.
     async with contextlib.AsyncExitStack() as closing, Background() as background, asyncio.TaskGroup() as flights:
         traffic = Traffic()
-        service = await build(settings, background, flights, closing, traffic.counts)
+        service = await build(settings, background, flights, closing, traffic)
         async with asyncio.TaskGroup() as connections:
-            server = Server(service, listener.socket, traffic, settings.max_connections)
+            server = Server(service, listener.socket, traffic, settings.max_connections, Admission.of(settings))
             server.start(connections)
             if notifier.watchdog_seconds:
                 _ = background.create_task(_be_watched(notifier, notifier.watchdog_seconds))
@@ -116,6 +122,7 @@ async def _serve(settings: Config, build: Builder, listener: listen.Listener, no
             logger.info("ready", extra={"version": __version__, "socket": listener.path or "passed in", "root": settings.root})
             notifier.ready()
             notifier.status("serving")
+            _reload_on_signal(settings, service, notifier, reread)
             await stop.wait()
             server.stop_accepting()
             listener.close()
@@ -159,6 +166,27 @@ def _end_on_signals(stop: asyncio.Event, shutdown_seconds: float) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked, number)
+
+
+def _reload_on_signal(settings: Config, service: Service, notifier: Notifier, reread: Callable[[], Config]) -> None:
+    """SIGHUP: the configuration is read again, and what can be changed while the daemon runs counts at once."""
+
+    def reload() -> None:
+        nonlocal settings
+        notifier.reloading()
+        try:
+            read = reread()
+        except ConfigError as error:  # the old one goes on
+            for problem in error.problems:
+                logger.error("the configuration is not taken over", extra={"problem": str(problem)})
+        else:
+            at_once, later = config.changes(settings, read)
+            settings = config.reloaded(settings, read)
+            service.reload(settings)
+            logger.info("reloaded", extra={"changed": at_once, "need_a_restart": later})
+        notifier.ready()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def _end_overtime() -> NoReturn:
@@ -223,6 +251,23 @@ def _show(settings: Config, as_json: bool) -> int:
     width = max(map(len, lines.values()))
     for name, line in lines.items():
         print(f"{line:{width}}  # {settings.origins[name]}")
+    return EXIT_OK
+
+
+def _install(asked: argparse.Namespace) -> int:
+    try:
+        if asked.user:
+            done = install.install_for_user(os.environ, asked.program)
+        else:
+            done = install.install_for_host(asked.root.absolute(), asked.prefix.absolute(), asked.program)
+    except install.InstallError as error:
+        print(f"modelcached: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return EXIT_FAILED
+    if asked.json:
+        print(json.dumps({"files": [str(path) for path in done.files], "next": done.next}, indent=2))
+        return EXIT_OK
+    print(*done.files, sep="\n", flush=True)
+    print(f"next: {done.next}", file=sys.stderr)
     return EXIT_OK
 
 

@@ -11,49 +11,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
+
+from .kinds import GIB, KIB, KINDS, MIB, Space
 
 DEFAULT_FILE = Path("/etc/modelcached/modelcached.toml")  # read when it is there; a private daemon reads only what --config names
 NODE_ROOT = Path("/var/lib/modelcached")
 NODE_SOCKET = Path("/run/modelcached/modelcached.sock")
 PRIVATE_IDLE_EXIT_SECONDS = 600.0
+PRIVATE_MIN_FREE = Space(share=0.10)  # a user's disk has other uses; max_size is 60 % of what is free at the first start
 DEFAULT_HUB = "https://huggingface.co"
 ENVIRONMENT_PREFIX = "MODELCACHED_"
 MAX_SOCKET_PATH_BYTES = 107  # sun_path less its NUL
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-
-class Space(NamedTuple):
-    """Room on a filesystem: so many bytes, or a share of the whole."""
-
-    size_bytes: int = 0
-    share: float = 0.0
-
-    def of(self, total_bytes: int) -> int:
-        return self.size_bytes or int(total_bytes * self.share)
-
-    def __str__(self) -> str:
-        return f"{self.share * 100:g}%" if self.share else str(self.size_bytes)
-
-
-class Kind(NamedTuple):
-    """How values of a field are written. `read` gets what TOML gave, or text; ValueError when it makes no sense."""
-
-    allowed: str
-    read: Callable[[Any], Any]
-    toml: tuple[type, ...]  # what the file may hold
-
-
-def _setting(kind: str, default: Any, doc: str, low: float = 0, high: float = math.inf, flag: bool = True) -> Any:
-    metadata = {"kind": kind, "doc": doc, "low": low, "high": high, "flag": flag}
+def _setting(
+    kind: str, default: Any, doc: str, low: float = 0, high: float = math.inf, flag: bool = True, reload: bool = False
+) -> Any:
+    """`reload`: a change counts for a daemon that runs, when it is told to read its configuration again (SIGHUP)."""
+    metadata = {"kind": kind, "doc": doc, "low": low, "high": high, "flag": flag, "reload": reload}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -71,7 +52,14 @@ class Config:
     store_claim_seconds: float = _setting("duration", 30.0, "another node that brings no byte for so long loses its turn", low=1, high=3600)
     hub_endpoint: str = _setting("url", DEFAULT_HUB, "hub that is asked when a request names none; HF_ENDPOINT is its default")
     hub_endpoints: tuple[str, ...] = _setting("urls", (), "further hubs that requests may name")
+    max_size: Space = _setting("space", Space(), "what the cache may take, in blobs and unfinished downloads; 0 = all there is")
     min_free: Space = _setting("space", Space(GIB), "room on the root's filesystem that downloads leave free")
+    checkpoint_reserve: Space = _setting("space", Space(share=0.02), "further room that only saves may take")
+    high_watermark: Space = _setting("space", Space(share=0.95), "so much of its room the cache may fill before it evicts")
+    low_watermark: Space = _setting("space", Space(share=0.85), "so much of it is left when it has evicted")
+    grace: float = _setting("duration", 3600.0, "what was used within this time is evicted only if a save needs its room")
+    scrub_rate: int = _setting("rate", 10 * MIB, "bytes a second at which what nobody uses is hashed again; 0 = never")
+    scrub_interval: float = _setting("duration", 30 * 86400.0, "how often every blob is hashed again", low=1)
     fresh_seconds: float = _setting("duration", 60.0, "how long a hub's answer about a branch or tag is believed; 0 = always ask")
     verdict_seconds: float = _setting("duration", 60.0, "how long an accepted token is remembered for a private or gated repo")
     hub_connections: int = _setting("count", 8, "connections to the hub for file bytes, whole node", low=1, high=256)
@@ -83,7 +71,19 @@ class Config:
     offline: bool = _setting("flag", False, "never ask the hub; HF_HUB_OFFLINE is its default")
     idle_exit: float | None = _setting("duration or never", None, "end after so long without client or save to send; private: 600", low=0.1)
     shutdown_seconds: float = _setting("duration", 10.0, "what running requests get at SIGTERM", high=3600)
+    hub_rate: int = _setting("rate", 0, "bytes a second from hubs, whole node; 0 = no limit; SIGHUP changes it", reload=True)
+    store_rate: int = _setting("rate", 0, "bytes a second to and from stores, whole node; 0 = no limit; SIGHUP changes it", reload=True)
+    allowed_repos: tuple[str, ...] = _setting("globs", (), "repos that are handed out; empty = all; SIGHUP changes it", reload=True)
+    denied_repos: tuple[str, ...] = _setting("globs", (), "repos that are not, whatever is allowed; SIGHUP changes it", reload=True)
+    keep: tuple[str, ...] = _setting("repos", (), "public repos that are fetched when the daemon starts, and pinned")
+    metrics: str = _setting("listen", "", "where Prometheus finds metrics: loopback host:port, or unix:/path; empty = nowhere")
     max_connections: int = _setting("count", 4096, "clients at the same time", low=1, high=1_000_000)
+    allow_users: tuple[str, ...] = _setting("users", (), "who may connect; with allow_groups empty too: everybody on the node")
+    allow_groups: tuple[str, ...] = _setting("groups", (), "whose members may connect, supplementary groups count")
+    max_connections_per_user: int = _setting("count", 2048, "of one uid but root and the daemon's own; 0 = no limit", high=1_000_000)
+    max_spool_per_user: Space = _setting(
+        "space", Space(), "saves of one uid that wait for their store, but root's and the daemon's own; 0 = no limit"
+    )
     private: bool = _setting("flag", False, "a user's own daemon (set by --private only)", flag=False)
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -141,6 +141,7 @@ def load(
     origins = dict.fromkeys(values, "default")
     if private:
         values["idle_exit"] = PRIVATE_IDLE_EXIT_SECONDS
+        values["min_free"] = PRIVATE_MIN_FREE
         origins["private"] = "flag --private"
     values |= defaults or {}
 
@@ -155,6 +156,8 @@ def load(
         except ValueError as error:
             problems.append(Problem(name, origin, f"{error}; allowed: {allowed(SETTINGS[name])}"))
 
+    if values["high_watermark"].of(GIB) < values["low_watermark"].of(GIB):
+        problems.append(Problem("low_watermark", origins["low_watermark"], f"more than high_watermark ({values['high_watermark']})"))
     if values["hub_range"] < values["hub_piece"]:
         problems.append(Problem("hub_range", origins["hub_range"], f"less than hub_piece ({values['hub_piece']}, {origins['hub_piece']})"))
     is_passed_in = "LISTEN_FDS" in environment  # then nobody binds the path
@@ -164,6 +167,20 @@ def load(
     if problems:
         raise ConfigError(problems)
     return Config(**values, origins=origins)
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Fields that differ: those that count at once, and those that need a restart."""
+    changed = [name for name in SETTINGS if getattr(old, name) != getattr(new, name)]
+    at_once = [name for name in changed if SETTINGS[name].metadata["reload"]]
+    return at_once, [name for name in changed if name not in at_once]
+
+
+def reloaded(old: Config, new: Config) -> Config:
+    """What counts after a reload: the old configuration with those fields of the new one that can be changed while the daemon runs."""
+    at_once, _ = changes(old, new)
+    origins = {**old.origins, **{name: new.origins[name] for name in at_once}}
+    return dataclasses.replace(old, **{name: getattr(new, name) for name in at_once}, origins=origins)
 
 
 def as_plain(value: Any) -> Any:
@@ -249,121 +266,8 @@ def _nearest(name: str, cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), SETTINGS, 1, cutoff)), None)
 
 
-# ---- kinds of values
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": KIB, "mi": MIB, "gi": GIB, "ti": 1 << 40}
-_SECONDS = {"": 1, "s": 1, "ms": 0.001, "m": 60, "h": 3600, "d": 86400}
-
-
 def _read(field: dataclasses.Field[Any], raw: Any) -> Any:
     value = KINDS[field.metadata["kind"]].read(raw)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not field.metadata["low"] <= value <= field.metadata["high"]:
         raise ValueError(f"{raw!r} is out of bounds")
     return value
-
-
-def _read_path(raw: str) -> Path:
-    path = Path(raw)
-    if not path.is_absolute() or "\0" in raw:
-        raise ValueError(f"{raw!r} is not an absolute path")
-    return path
-
-
-def _read_size(raw: int | str) -> int:
-    if isinstance(raw, int):
-        return raw
-    match = _SIZE.fullmatch(raw.strip())
-    if match is None:
-        raise ValueError(f"{raw!r} is not a size")
-    unit = _UNITS[match[2].lower().rstrip("b")]
-    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-
-
-def _read_space(raw: int | str) -> Space:
-    if isinstance(raw, str) and raw.strip().endswith("%"):
-        percent = float(raw.strip()[:-1])
-        if not 0 <= percent < 100:
-            raise ValueError(f"{raw!r} is no share of a filesystem")
-        return Space(share=percent / 100)
-    size_bytes = _read_size(raw)
-    if size_bytes < 0:
-        raise ValueError(f"{raw!r} is negative")
-    return Space(size_bytes)
-
-
-def _read_duration(raw: float | str) -> float:
-    if isinstance(raw, str):
-        match = _DURATION.fullmatch(raw.strip())
-        if match is None:
-            raise ValueError(f"{raw!r} is not a duration")
-        return float(match[1]) * _SECONDS[match[2].lower()]
-    if not math.isfinite(raw):
-        raise ValueError(f"{raw!r} is not a duration")
-    return float(raw)
-
-
-def _read_idle(raw: float | str) -> float | None:
-    return None if raw == "never" else _read_duration(raw)
-
-
-def _read_count(raw: int | str) -> int:
-    try:
-        return msgspec.convert(raw, int, strict=False)
-    except msgspec.ValidationError:
-        raise ValueError(f"{raw!r} is not a whole number") from None
-
-
-def _read_flag(raw: bool | str) -> bool:
-    spelled = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    answer = raw if isinstance(raw, bool) else spelled.get(raw.strip().lower())
-    if answer is None:
-        raise ValueError(f"{raw!r} is neither true nor false")
-    return answer
-
-
-def _read_url(raw: str) -> str:
-    url = urlsplit(raw.strip())  # ValueError for a broken IPv6 host
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise ValueError(f"{raw!r} is no endpoint")
-    if "@" in url.netloc:
-        raise ValueError("an endpoint holds no user or password")  # without showing it
-    return raw.strip().rstrip("/")
-
-
-def _read_urls(raw: list[str] | str) -> tuple[str, ...]:
-    parts = re.split(r"[,\s]+", raw.strip()) if isinstance(raw, str) else raw
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{raw!r} is not a list of endpoints")
-    return tuple(dict.fromkeys(_read_url(part) for part in parts if part))
-
-
-def _read_store(raw: str) -> str:
-    if raw and not raw.startswith(("file:///", "s3://")):
-        raise ValueError(f"{raw.partition('://')[0]!r} is no kind of store")
-    if "@" in raw:
-        raise ValueError("a store's address holds no credentials")  # without showing it
-    if raw.startswith("s3://") and not urlsplit(raw).netloc:
-        raise ValueError(f"{raw!r} names no bucket")
-    return raw.rstrip("/")
-
-
-def _read_stores(raw: list[str] | str) -> tuple[str, ...]:
-    parts = re.split(r"[,\s]+", raw.strip()) if isinstance(raw, str) else raw
-    return tuple(dict.fromkeys(_read_store(part) for part in parts if part))
-
-
-KINDS: Mapping[str, Kind] = {
-    "path": Kind("an absolute path", _read_path, (str,)),
-    "url": Kind("http:// or https:// with a host, no user and no query", _read_url, (str,)),
-    "urls": Kind("a list of http:// or https:// addresses", _read_urls, (list, str)),
-    "store": Kind("file:///path or s3://bucket/prefix", _read_store, (str,)),
-    "stores": Kind("a list of file:///path or s3://bucket/prefix", _read_stores, (list, str)),
-    "size": Kind('a size: bytes, "512KiB", "10GB"', _read_size, (int, str)),
-    "space": Kind('a size ("10GB", "512MiB") or a share of the filesystem ("5%")', _read_space, (int, str)),
-    "duration": Kind('a duration: seconds, "500ms", "90s", "10m", "1h"', _read_duration, (int, float, str)),
-    "duration or never": Kind('a duration ("90s", "10m", "1h") or "never"', _read_idle, (int, float, str)),
-    "count": Kind("a whole number", _read_count, (int,)),
-    "flag": Kind("true or false", _read_flag, (bool,)),
-}

@@ -11,9 +11,12 @@ from __future__ import annotations
 import array
 import asyncio
 import logging
+import os
 import socket
+import stat
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -22,8 +25,10 @@ import msgspec
 
 from modelcache.protocol import MAX_DESCRIPTORS, MAX_REQUESTS, PROTOCOL_VERSION, Hello, HelloReply, Progress
 
+from .config import Config
 from .errors import InvalidRequest, ModelcachedError, ShuttingDown, TooMany
 from .frames import Envelope, FrameError, Frames, Message, RequestId, close_all, encode
+from .latencies import Latencies
 from .logs import caller_keys
 from .model import Caller, Reply
 from .outbox import Outbox
@@ -62,6 +67,10 @@ class Service(Protocol):
 
     def hello(self) -> HelloReply: ...
 
+    def reload(self, config: Config) -> None:
+        """Takes over a new configuration, as far as a running daemon can."""
+        ...
+
     def attach(self, connect: Callable[[], socket.socket]) -> None:
         """The server runs. `connect` makes a connection to it from this process; any thread may call it."""
         ...
@@ -72,9 +81,11 @@ class Traffic:
 
     def __init__(self) -> None:
         self.connections: set[Connection] = set()
+        self.of_uid: Counter[int] = Counter()  # connections
         self.requests = 0  # running now
         self.served = 0  # requests ever
         self.refused = 0  # connections and requests above a limit, ever
+        self.latencies = Latencies()
         self.is_draining = False  # no new requests
         self.last_active = time.monotonic()  # a connection came, went or asked for something
         self.no_connections = asyncio.Event()
@@ -88,11 +99,14 @@ class Traffic:
     def connected(self, connection: Connection) -> None:
         self.last_active = time.monotonic()
         self.connections.add(connection)
+        self.of_uid[connection.caller.uid] += 1
         self.no_connections.clear()
 
     def disconnected(self, connection: Connection) -> None:
         self.last_active = time.monotonic()
         self.connections.discard(connection)
+        self.of_uid[connection.caller.uid] -= 1
+        self.of_uid += Counter()  # forgets who has none
         if not self.connections:
             self.no_connections.set()
 
@@ -114,7 +128,7 @@ class Connection:
         self._verbs = verbs  # "hello" included
         self._traffic = traffic
         self._socket = connected
-        self._caller = caller
+        self.caller = caller
         self._loop = asyncio.get_running_loop()
         self._frames = Frames()
         self._is_greeted = False
@@ -127,7 +141,7 @@ class Connection:
         self.outbox = Outbox(connected, self._send_progress, self.end)
 
     async def run(self) -> None:
-        caller_keys.set({"uid": self._caller.uid, "pid": self._caller.pid})  # the reader's context, so that of every request
+        caller_keys.set({"uid": self.caller.uid, "pid": self.caller.pid})  # the reader's context, so that of every request
         try:
             async with asyncio.TaskGroup() as self._requests:
                 if not self._is_closed:
@@ -174,6 +188,9 @@ class Connection:
         if flags & socket.MSG_CTRUNC:  # some are lost: more than allowed, or this process can hold no more
             close_all(descriptors)
             return self.fail(RequestError("invalid_request", f"descriptors were lost: a message carries at most {MAX_DESCRIPTORS}"))
+        if any(map(_is_socket, descriptors)):  # its own end, say: then it would hold itself open after its client has gone
+            close_all(descriptors)
+            return self.fail(RequestError("invalid_request", "a descriptor is a socket: only files are taken"))
         if not data:
             close_all(descriptors)
             return self.end()
@@ -247,8 +264,9 @@ class Connection:
         self._traffic.request_started()
 
     async def _serve(self, request: RequestId, method: str, params: Any, descriptors: tuple[int, ...]) -> None:
+        start = time.monotonic()
         try:
-            reply = await self._service.call(method, params, self._caller, partial(self._report, request), descriptors)
+            reply = await self._service.call(method, params, self.caller, partial(self._report, request), descriptors)
         except ModelcachedError as error:
             self._answer_error(request, error)
         except asyncio.CancelledError:
@@ -259,6 +277,8 @@ class Connection:
             self._answer_error(request, ModelcachedError(f"the daemon failed at {method}", "the daemon's log says more"))
         else:
             self._answer(request, reply)
+        finally:
+            self._traffic.latencies.observe(method, time.monotonic() - start)
 
     def _finished(self, request: RequestId, descriptors: tuple[int, ...], task: asyncio.Task[None]) -> None:
         close_all(descriptors)
@@ -304,7 +324,7 @@ class Connection:
             self._report(*self._progress.popitem())
 
     def __repr__(self) -> str:
-        return f"<connection {self._caller} running={len(self._running)} {self.outbox}>"
+        return f"<connection {self.caller} running={len(self._running)} {self.outbox}>"
 
 
 class _Cancel(msgspec.Struct):
@@ -322,6 +342,10 @@ def credentials(connected: socket.socket) -> Caller:
     """The process at the other end when it connected, as the kernel vouches for it."""
     pid, uid, gid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return Caller(uid, gid, pid)
+
+
+def _is_socket(descriptor: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
 
 
 def _passed(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:

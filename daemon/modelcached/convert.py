@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ import msgspec
 from . import durable, legacy
 from .blobs import Blobs, hash_bytes
 from .errors import IncompatibleReference, InvalidRequest, MissingObject, StoreMismatch, StoreUnavailable, UnsafePath, disk_errors
-from .filesystems import require_room
 from .flights import SMALL_BYTES, BlobFlights
+from .holds import Hand, Holds
 from .layout import Layout
 from .legacy import Found
 from .meter import Meter, Report, ticking
 from .model import Content, Digest, Tree, TreeFile, TreeId, check_links, check_paths, is_digest
 from .partials import Partial, Partials
 from .places import Memory
+from .room import Left, Room
 from .singleflight import Flight, Flights
 from .spans import Span
 from .store import Object, Store
@@ -64,6 +65,11 @@ class Conversion(Flight[Tree]):
         self.meter = Meter()
         self.meter.parts.add(self)
         self.done_bytes = 0
+        self.hand: Hand | None = None  # what it has brought so far
+
+    def hold(self, digest: Digest) -> None:
+        assert self.hand is not None
+        self.hand.add([digest])
 
     def received(self, count: int) -> None:
         self.done_bytes += count
@@ -80,7 +86,8 @@ class Converter:
         blob_flights: BlobFlights,
         pool: Pool,
         group: asyncio.TaskGroup,
-        min_free: int,
+        room: Room,
+        holds: Holds,
         store_of: Callable[[str], Awaitable[Store]],
     ) -> None:
         self._layout = layout
@@ -89,7 +96,8 @@ class Converter:
         self._partials = partials
         self._counted = blob_flights.bytes
         self._pool = pool
-        self._min_free = min_free
+        self._room = room
+        self._holds = holds
         self._store_of = store_of
         self._flights: Flights[tuple[str, str], Conversion, Tree] = Flights(group)
 
@@ -136,6 +144,10 @@ class Converter:
 
     async def work(self, flight: Conversion) -> Tree:
         """A conversion's work."""
+        with self._holds.hand() as flight.hand:
+            return await self._convert(flight)
+
+    async def _convert(self, flight: Conversion) -> Tree:
         tree = await self._pool.run(self._remembered, flight)
         if tree is None:
             async with ticking(flight.meter):
@@ -151,10 +163,14 @@ class Converter:
         objects = await legacy.payload(store, found)
         wanted = [each for each in objects if not legacy.is_bookkeeping(found, each)]
         size = sum(each.size for each in wanted)
-        require_room(self._layout.root, size, self._min_free, found.key)
         meter.start(size, len(wanted), 0, 0)
         meter.phase, meter.source = "download", "store"
-        tree = await (self._unpack(flight, wanted[0]) if found.is_tar else self._fetch(flight, wanted))
+
+        async def bring() -> Tree:
+            return await (self._unpack(flight, wanted[0]) if found.is_tar else self._fetch(flight, wanted))
+
+        need: dict[Hashable, Left] = {("artifact", store.url, found.key): lambda: max(0, size - flight.done_bytes)}
+        tree = await self._room.run(need, found.key, bring)
         if await legacy.payload(store, found) != objects:
             raise StoreUnavailable(f"{found.key} was saved again while it was read", "load it again", key=found.key)
         check_paths([*(file.path for file in tree.files), *(path for path, _ in tree.links), *tree.folders], found.key)
@@ -198,7 +214,7 @@ class Converter:
             return run
 
         async def add(item: tuple[Member, bytes]) -> None:
-            digests[item[0].path] = await self._add(item[1])
+            digests[item[0].path] = await self._add(flight, item[1])
 
         async def unpack(_: int) -> None:
             while True:
@@ -212,10 +228,11 @@ class Converter:
         return _tree(members, digests)
 
     async def _small(self, flight: Conversion, source: Object, span: Span) -> Digest:
-        return await self._add(await self._read(flight, source, span) if source.size else b"")
+        return await self._add(flight, await self._read(flight, source, span) if source.size else b"")
 
-    async def _add(self, data: bytes) -> Digest:
+    async def _add(self, flight: Conversion, data: bytes) -> Digest:
         digest = await self._pool.run(hash_bytes, data)
+        flight.hold(digest)
         if not self._blobs.has(digest, len(data)):
             await self._blobs.add(data, digest)
         return digest
@@ -241,6 +258,7 @@ class Converter:
                 digest = await self._pool.run(partial.finish)
                 if digest is None:
                     raise StoreMismatch(f"{source.key} came in part only", "load it again", key=source.key)
+                flight.hold(digest)
                 await self._blobs.adopt(partial.path, digest)
                 await self._pool.run(partial.forget_map)
             finally:

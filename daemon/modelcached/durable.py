@@ -89,7 +89,8 @@ def write(path: Path, data: bytes, temporary: Path, mode: int = 0o600) -> None:
 def record(path: Path, data: bytes, temporary: Path) -> None:
     """Like `write` without the syncs, for what can be asked again: after a power cut it may be missing or damaged."""
     try:
-        temporary.write_bytes(data)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -104,6 +105,18 @@ def link(source: Path, target: Path) -> bool:
         if error.errno == errno.EMLINK:
             return False
         raise
+    return True
+
+
+def link_descriptor(descriptor: int, target: Path) -> bool:
+    """A second name for an open file; False where the kernel or the filesystem allows none."""
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{descriptor}", target.name, dst_dir_fd=folder)  # with a folder, Python follows the link in /proc
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
     return True
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong in the daemon, named for the condition; `name` is a key of `modelcache.protocol.ERROR_CODES`.
+"""What can go wrong in the daemon, named for the condition; `name` is a key of `modelcache.codes.ERROR_CODES`.
 
 ModelcachedError
 ├── InvalidRequest        the arguments make no sense

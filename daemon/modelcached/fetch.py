@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .blobs import Blobs
-from .errors import EntryNotFound, IncompleteSnapshot, ModelcachedError, disk_errors
-from .filesystems import require_room
+from .errors import ModelcachedError, disk_errors
 from .flights import BlobFlights
-from .hub import Hub, matching
+from .holds import Hand, Holds
+from .hub import Hub
 from .layout import Layout
 from .lookup import Lookup, Warn
-from .meter import TICK_SECONDS, Meter, Report, ticking
+from .meter import TICK_SECONDS, Meter, Report, Spent, ticking
 from .model import Commit, Digest, ListedFile, Repo, Tree, TreeFile, TreeId
 from .places import HubPlace
 from .recent import Recent
 from .repos import Repos, Selected
+from .room import Room
+from .selection import Ask, Selection, incomplete, selected
 from .sharing import Brought, Sharing, is_small
 from .singleflight import Flight, Flights
 from .tasks import Pool, each
@@ -36,30 +39,8 @@ from .trees import Trees
 WORKERS = 192  # files of one assembly under way: connections are bounded elsewhere, and a batch to publish is made of these
 COMPARED_AT_ONCE = 64  # files whose size and mtime are compared on the loop: 2 us each
 COMPARED_BEFORE = 1000  # above, the comparison runs behind the hand-out
+SPENT = ("lookup", "others", "hub", "store", "verify", "view")  # what the time of a fetch goes to
 log = logging.getLogger(__name__)
-
-
-class Ask(NamedTuple):
-    """What a caller asks for."""
-
-    repo: Repo
-    revision: str
-    allow: tuple[str, ...] | None
-    ignore: tuple[str, ...] | None
-    filename: str | None
-    token: str | None
-    force: bool = False  # ask the hub now, and hash what is here
-    local: bool = False  # the hub may not be asked
-
-
-class Selection(NamedTuple):
-    """The same, once it is known what the revision is and that the caller may have it."""
-
-    repo: Repo
-    commit: Commit
-    allow: tuple[str, ...] | None
-    ignore: tuple[str, ...] | None
-    filename: str | None
 
 
 class Shown(NamedTuple):
@@ -75,17 +56,17 @@ class Got(NamedTuple):
     is_private: bool
     hub_bytes: int  # that came while the caller waited
     store_bytes: int = 0  # the same, from what other nodes have shared
+    spent: Mapping[str, float] = MappingProxyType({})  # seconds, for the log
 
 
 class Assembly(Flight[Shown]):
     """One selection being put together."""
 
     def __init__(self, fetch: Fetch, selection: Selection, ask: Ask) -> None:
-        super().__init__(lambda: fetch.assemble(self))
+        super().__init__(lambda: fetch.work(self))
         self.selection = selection
         self.ask = ask
         self.meter = Meter()
-        self.digests: set[Digest] = set()  # blobs that it will show, as far as their names are known
 
 
 AssemblyKey = tuple[Selection, str | None, bool, bool]
@@ -106,7 +87,8 @@ class Fetch:
         flights: BlobFlights,
         pool: Pool,
         group: asyncio.TaskGroup,
-        min_free: int,
+        room: Room,
+        holds: Holds,
         sharing: Sharing | None = None,
     ) -> None:
         self._layout = layout
@@ -119,40 +101,54 @@ class Fetch:
         self._flights = flights
         self._pool = pool
         self._group = group
-        self._min_free = min_free  # bytes
+        self._room = room
+        self._holds = holds
         self._sharing = sharing
         self._shown: Recent[Selection, Shown] = Recent(50_000, lambda shown: 1 + len(shown.tree.files))
         self._damaged: set[Digest] = set()
+        self._tiers = {"disk": 0, "store": 0, "hub": 0}  # of what was handed out, the farthest that had to be asked
         self._comparing: set[TreeId] = set()
         self._assemblies: Flights[AssemblyKey, Assembly, Shown] = Flights(group)
         self._showing: Flights[TreeId, Flight[TreeId], TreeId] = Flights(group)
 
     async def get(self, ask: Ask, report: Report, warn: Warn) -> Got:
         """The view of what was asked for, every byte of it checked."""
+        start = time.monotonic()
         with self._told_of_pauses(ask.repo, report):
             selection, is_private = await self._select(ask, warn)
+        looked_up = time.monotonic() - start
         shown = self._shown.get(selection)
         if shown is not None and not ask.force and await self._is_as_published(selection, shown):
-            return Got(shown, selection.commit, is_private, 0)
+            self._tiers["disk"] += 1
+            return Got(shown, selection.commit, is_private, 0, 0, {"lookup_seconds": round(looked_up, 6)})
         key = (selection, ask.token, ask.force, ask.local)  # one bad token spoils nobody else's fetch
+        spent = Spent()
+        spent.add("lookup", looked_up)
+        joined = self._assemblies.joined
         assembly = self._assemblies.board(key, lambda: Assembly(self, selection, ask))
         meter = assembly.meter
+        is_mine = self._assemblies.joined == joined
+        if is_mine:
+            meter.spent = spent
         before, store_before = meter.received_bytes, meter.store_bytes
         meter.reports.append(report)
         report(meter.progress())
         try:
-            shown = await self._assemblies.wait(key, assembly)
+            with nullcontext() if is_mine else spent.during("others"):
+                shown = await self._assemblies.wait(key, assembly)
         finally:
             meter.reports.remove(report)
         if not shown.tree.files and (ask.allow or ask.ignore):
             warn(f"no file of {ask.repo} matches the patterns")
         store_bytes = meter.store_bytes - store_before
-        return Got(shown, selection.commit, is_private, meter.received_bytes - before - store_bytes, store_bytes)
+        hub_bytes = meter.received_bytes - before - store_bytes
+        self._tiers["hub" if hub_bytes else "store" if store_bytes else "disk"] += 1
+        return Got(shown, selection.commit, is_private, hub_bytes, store_bytes, spent.seconds(SPENT))
 
     async def plan(self, ask: Ask, warn: Warn) -> tuple[Commit, list[tuple[ListedFile, bool]]]:
         """What `get` would show, and which of it is here."""
         selection, _ = await self._select(ask, warn)
-        files = await self._files(selection, ask)
+        files, _ = await self._files(selection, ask)
         here = await self._pool.run(self._here, ask.repo, files)
         return selection.commit, [(file, file.path in here) for file in files]
 
@@ -165,54 +161,74 @@ class Fetch:
         return any(assembly.selection.repo == repo for assembly in self._assemblies.running())
 
     def wants(self, digest: Digest) -> bool:
-        """Whether a running assembly will show this blob: it belongs to somebody although no view shows it yet."""
-        return any(digest in assembly.digests for assembly in self._assemblies.running())
+        """Whether somebody is about to show this blob: it belongs to him although no view shows it yet."""
+        return digest in self._holds
 
     def note_damaged(self, digest: Digest) -> None:
         """A blob went to quarantine: when it is here again, every view that shows it gets the good one (I10)."""
         self._damaged.add(digest)
         self._shown.clear()
 
-    def statistics(self) -> dict[str, int]:
-        return {"running": len(self._assemblies), "started": self._assemblies.started, "joined": self._assemblies.joined}
+    def activities(self, is_visible: Callable[[Repo], bool]) -> list[dict[str, Any]]:
+        """What is being put together now."""
+        running = [each for each in self._assemblies.running() if is_visible(each.selection.repo)]
+        return [each.meter.activity(f"{each.selection.repo}@{each.selection.commit[:8]}") for each in running]
 
-    async def assemble(self, assembly: Assembly) -> Shown:
-        """An assembly's work: from a selection to a view."""
+    def statistics(self) -> dict[str, Any]:
+        assemblies = self._assemblies
+        return {"running": len(assemblies), "started": assemblies.started, "joined": assemblies.joined, "tiers": dict(self._tiers)}
+
+    async def work(self, assembly: Assembly) -> Shown:
+        with self._holds.hand() as hand:
+            return await self._assemble(assembly, hand)
+
+    async def _assemble(self, assembly: Assembly, hand: Hand) -> Shown:
+        """From a selection to a view. What it will show is in its hand before it looks whether it is here."""
         selection, ask, meter = assembly.selection, assembly.ask, assembly.meter
         async with ticking(meter, lambda: self._pause(selection.repo)):
             meter.phase = "list"
-            files = await self._files(selection, ask)
+            with meter.spent.during("lookup"):
+                files, is_whole = await self._files(selection, ask)
+            hand.add(await self._pool.run(self._known, selection.repo, files))
             here = {} if ask.force else await self._pool.run(self._here, selection.repo, files)
             if await self._verify(selection.repo, [file for file in files if file.path not in here], meter):
                 here = await self._pool.run(self._here, selection.repo, files)
-            assembly.digests.update(here.values(), (Digest(file.sha256) for file in files if file.sha256 is not None))
             missing = [file for file in files if file.path not in here]
             size, missing_size = sum(file.size for file in files), sum(file.size for file in missing)
             meter.start(size, len(files), size - missing_size, len(files) - len(missing))
             if missing:
                 if ask.local:
-                    raise _incomplete(selection, missing)
-                needed = await self._pool.run(self._room_needed, selection.repo, missing)
-                require_room(self._layout.root, needed, self._min_free, str(selection.repo))
-                await self._bring(selection, ask.token, missing, here, meter)
+                    raise incomplete(selection, missing)
+
+                async def bring() -> None:
+                    await self._bring(selection, ask.token, [file for file in missing if file.path not in here], here, meter)
+
+                needs = dict(self._room.content(self._repos.content(selection.repo, file)) for file in missing)
+                await self._room.run(needs, str(selection.repo), bring)
+                hand.add(here.values())
             meter.phase, meter.source = "publish", "disk"
             tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
-            with disk_errors(f"building the view of {selection.repo}"):
+            with meter.spent.during("view"), disk_errors(f"building the view of {selection.repo}"):
                 name = await self._show(tree)
                 selected = Selected(*selection[1:])
                 self._repos.set_shown(selection.repo, name, selected)
-            if self._sharing is not None and not ask.local:
+            if self._sharing is not None and is_whole and not ask.local:
                 self._sharing.publish(Brought(selection.repo, selection.commit, ask.revision, selected, name, tree))
-        return self._shown.put(selection, Shown(name, tree))
+        return self._shown.put(selection, Shown(name, tree)) if is_whole else Shown(name, tree)
 
     async def _select(self, ask: Ask, warn: Warn) -> tuple[Selection, bool]:
         commit = await self._lookup.commit(ask.repo, ask.revision, ask.token, warn, ask.force, ask.local)
         is_private = await self._lookup.permit(ask.repo, ask.revision, ask.token, ask.local)
         return Selection(ask.repo, commit, ask.allow, ask.ignore, ask.filename), is_private
 
-    async def _files(self, selection: Selection, ask: Ask) -> list[ListedFile]:
+    async def _files(self, selection: Selection, ask: Ask) -> tuple[list[ListedFile], bool]:
+        """The files that were asked for, and whether it is the hub that says so: what another cache had may be less."""
         listing = await self._lookup.listing(selection.repo, selection.commit, ask.token, ask.local)
-        return await self._pool.run(_selected, selection, listing.files)
+        return await self._pool.run(selected, selection, listing.files), listing.is_whole
+
+    def _known(self, repo: Repo, files: Sequence[ListedFile]) -> set[Digest]:
+        """The blobs of these files, as far as their names are known (blocks)."""
+        return {digest for file in files if (digest := self._repos.digest(repo, file)) is not None}
 
     def _here(self, repo: Repo, files: Sequence[ListedFile]) -> dict[str, Digest]:
         """Which of the files are on disk, and as which blob (blocks)."""
@@ -230,8 +246,11 @@ class Fetch:
         meter.phase, meter.source = "download", "hub"
 
         async def bring(file: ListedFile) -> None:
-            place = HubPlace(self._transfer, Source(selection.repo, selection.commit, file.path, token))
-            digest = await self._flights.join(self._repos.content(selection.repo, file), place, meter)
+            async def from_hub(sent: str | None) -> Digest:
+                place = HubPlace(self._transfer, Source(selection.repo, selection.commit, file.path, sent))
+                return await self._flights.join(self._repos.content(selection.repo, file), place, meter)
+
+            digest = await self._lookup.with_token(selection.repo, token, from_hub)
             await self._mend(digest)
             meter.finish(file.size)
             here[file.path] = digest
@@ -266,10 +285,11 @@ class Fetch:
         if present:
             meter.phase, meter.source = "verify", "disk"
             meter.start(sum(present.values()), len(present), 0, 0)
-        for digest, size in present.items():
-            if not await self._pool.run(self._blobs.check, digest):
-                self.note_damaged(digest)
-            meter.finish(size)
+        with meter.spent.during("verify"):
+            for digest, size in present.items():
+                if not await self._pool.run(self._blobs.check, digest):
+                    self.note_damaged(digest)
+                meter.finish(size)
         return bool(present)
 
     def _present(self, repo: Repo, files: Sequence[ListedFile]) -> dict[Digest, int]:
@@ -286,7 +306,8 @@ class Fetch:
             return name
 
         name = await self._pool.run(tree.tree_id)
-        return await self._showing.join(name, lambda: Flight(lambda: self._pool.run(work)))
+        with self._holds.hand(name):
+            return await self._showing.join(name, lambda: Flight(lambda: self._pool.run(work)))
 
     async def _is_as_published(self, selection: Selection, shown: Shown) -> bool:
         """Compares the view's files with what was published (I1). A file that differs is hashed, and the next assembly mends the view."""
@@ -321,15 +342,6 @@ class Fetch:
             self._shown.clear()
         return bool(suspects)
 
-    def _room_needed(self, repo: Repo, missing: Sequence[ListedFile]) -> int:
-        """Bytes that the files still need on disk (blocks): each content once, less what an unfinished download holds already."""
-        needed = 0
-        for content in {self._repos.content(repo, file) for file in missing}:
-            needed += content.size
-            with suppress(FileNotFoundError):
-                needed -= min(content.size, os.stat(self._layout.partial(content)).st_blocks * 512)
-        return needed
-
     @contextmanager
     def _told_of_pauses(self, repo: Repo, report: Report) -> Iterator[None]:
         """The same for one caller during a look-up. A timer instead of a task: nearly every look-up is answered from memory."""
@@ -353,30 +365,3 @@ class Fetch:
         """Why nothing happens right now, in words; empty if there is no reason."""
         seconds = self._hub.pauses.remaining(repo.endpoint)
         return f"the hub asks to wait {seconds:.0f} s more" if seconds else ""
-
-
-def _selected(selection: Selection, files: Sequence[ListedFile]) -> list[ListedFile]:
-    """The files that were asked for; huggingface_hub's own patterns."""
-    if selection.filename is not None:
-        chosen = [file for file in files if file.path == selection.filename]
-        if not chosen:
-            raise EntryNotFound(
-                f"{selection.repo}@{selection.commit[:8]} has no file {selection.filename!r}",
-                "see its files with: modelcache pull --dry-run",
-                repo_id=selection.repo.id,
-            )
-        return chosen
-    if selection.allow is None and selection.ignore is None:
-        return list(files)
-    allow, ignore = (None if patterns is None else list(patterns) for patterns in (selection.allow, selection.ignore))
-    wanted = set(matching([file.path for file in files], allow, ignore))
-    return [file for file in files if file.path in wanted]
-
-
-def _incomplete(selection: Selection, missing: list[ListedFile]) -> IncompleteSnapshot:
-    names = ", ".join(repr(file.path) for file in missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    return IncompleteSnapshot(
-        f"{len(missing)} files of {selection.repo}@{selection.commit[:8]} are not on this node: {names}",
-        "drop local_files_only and HF_HUB_OFFLINE to fetch them",
-        missing=len(missing),
-    )

@@ -10,12 +10,14 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Protocol
 
 from .blobs import Blobs
 from .download import Download, Limits
 from .errors import ContentMismatch, HubProblem, StoreProblem, StoreUnavailable, disk_errors
 from .exchange import Exchange
+from .layout import Layout
 from .meter import Meter
 from .model import Content, Digest, Repo
 from .packs import PACKED_BYTES
@@ -72,6 +74,27 @@ class BlobFlight(Flight[Digest]):
         self.tier = ""  # that the bytes come from
         self.meters: list[Meter] = []
         self.done_bytes = 0
+        self._doing = ""  # what its time goes to
+
+    def join(self, meter: Meter) -> None:
+        self.meters.append(meter)
+        meter.parts.add(self)
+        if self._doing:
+            meter.spent.enter(self._doing)
+
+    def leave(self, meter: Meter) -> None:
+        self.meters.remove(meter)
+        meter.parts.discard(self)
+        if self._doing:
+            meter.spent.leave(self._doing)
+
+    def turn_to(self, doing: str) -> None:
+        """From here on the time of all meters goes to this."""
+        for meter in self.meters:
+            meter.spent.enter(doing)
+            if self._doing:
+                meter.spent.leave(self._doing)
+        self._doing = doing
 
     def received(self, count: int) -> None:
         self.done_bytes += count
@@ -104,16 +127,18 @@ class BlobFlights:
         """The blob's SHA-256 once it is published; `meter` is told of every byte meanwhile."""
         flight = self._flights.board(content, lambda: BlobFlight(content, self._bring))
         flight.places.append(place)
-        flight.meters.append(meter)
-        meter.parts.add(flight)
+        flight.join(meter)
         try:
             return await self._flights.wait(content, flight)
         finally:
-            flight.meters.remove(meter)
-            meter.parts.discard(flight)
+            flight.leave(meter)
 
     def statistics(self) -> dict[str, int]:
         return {"running": len(self._flights), "started": self._flights.started, "joined": self._flights.joined}
+
+    def is_flying(self, layout: Layout) -> Callable[[Path], bool]:
+        """Tells of a file in partial/ whether a flight is at it."""
+        return lambda path: any(layout.partial(flight.content).name == path.name.partition(".")[0] for flight in self.running())
 
     def running(self) -> list[BlobFlight]:
         return self._flights.running()
@@ -143,6 +168,7 @@ class BlobFlights:
         content = flight.content
         if content.algorithm != "sha256" or content.size < PACKED_BYTES or flight.places[0].tier != "hub":
             return await self._bring_here(flight)
+        flight.turn_to("others")
         async with exchange.turn(Digest(content.hex), content.size, lambda: flight.done_bytes) as turn:
             if turn.place is not None:
                 flight.places.insert(0, turn.place)
@@ -171,6 +197,7 @@ class BlobFlights:
         async def attempt(place: Place) -> Digest | None:
             flight.done_bytes = partial.done_bytes
             await Download(place.origin(flight.content.size), self._pool, self._limits, flight.content.size, partial, flight.received).run()
+            flight.turn_to("verify")
             digest = await self._pool.run(partial.finish)
             if digest is None:
                 await self._pool.run(partial.reset)
@@ -190,6 +217,7 @@ class BlobFlights:
         while wrong < WRONG_BYTES_TRIES:
             place = flight.places[position]
             flight.tier = place.tier
+            flight.turn_to(place.tier)
             try:
                 digest = await attempt(place)
             except (HubProblem, StoreProblem, StoreUnavailable):

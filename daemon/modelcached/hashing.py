@@ -17,6 +17,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 from .blobs import HASH_BYTES, Blobs, hash_bytes
 from .errors import ModelcachedError, SaveDamaged, disk_errors
+from .holds import Hand, Holds
 from .meter import Meter, Report, ticking
 from .model import Digest, Tree, TreeFile, TreeId
 from .singleflight import Flight, Flights
@@ -53,11 +54,12 @@ class HashFlight(Flight[Hashed]):
 class Hashing:
     """`_seen` are the entries that were hashed in the background, or are being; only the event loop touches it."""
 
-    def __init__(self, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, group: asyncio.TaskGroup) -> None:
+    def __init__(self, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, group: asyncio.TaskGroup, holds: Holds) -> None:
         self._spool = spool
         self._blobs = blobs
         self._trees = trees
         self._pool = pool
+        self._holds = holds
         self._flights: Flights[str, HashFlight, Hashed] = Flights(group)
         self._seen: set[str] = set()
 
@@ -80,22 +82,30 @@ class Hashing:
                 reports.remove(report)
 
     async def work(self, flight: HashFlight) -> Hashed:
-        """A flight's work."""
-        entry, meter = flight.entry, flight.meter
+        with self._holds.hand() as hand:
+            return await self._hash(flight.entry, flight.meter, hand)
+
+    async def _hash(self, entry: Entry, meter: Meter, hand: Hand) -> Hashed:
+        """From a save's files to blobs, a tree and its view: blobs without one would belong to nobody."""
         with disk_errors(f"hashing {entry.key}"):
             known = await self._pool.run(self._spool.tree, entry)
             tree = None if known is None else await self._pool.run(self._trees.load, known)
+            if known is not None and tree is not None:
+                hand.add((known, *(file.sha256 for file in tree.files)))
             if known is not None and tree is not None and await self._pool.run(self._has_all, tree):
+                await self._pool.run(self._show, known, tree)
                 return Hashed(known, tree)
             meter.phase, meter.source = "hash", "disk"
             meter.start(entry.size, len(entry.files), 0, 0)
             async with ticking(meter):
-                tree = await self._publish(entry, meter)
+                tree = await self._publish(entry, meter, hand)
                 if known is not None and known != await self._pool.run(tree.tree_id):
                     raise SaveDamaged(
                         f"what was saved as {entry.key} has been changed since", "root wrote through a view, or the disk failed"
                     )
-                name = await self._pool.run(self._trees.save, tree)
+                name = await self._pool.run(tree.tree_id)
+                hand.add([name])
+                await self._pool.run(self._show, name, tree)
                 if known is None:
                     await self._pool.run(self._spool.set_tree, entry, name)
         return Hashed(name, tree)
@@ -115,7 +125,12 @@ class Hashing:
                 log.exception("a save can't be hashed", extra={"save": entry.id, "key": entry.key})
             self._seen = {entry.id for entry in self._spool.entries} & self._seen
 
-    async def _publish(self, entry: Entry, meter: Meter) -> Tree:
+    def _show(self, name: TreeId, tree: Tree) -> None:
+        self._trees.save(tree)
+        if not self._trees.view(name).exists():
+            self._trees.mend(name, tree)
+
+    async def _publish(self, entry: Entry, meter: Meter, hand: Hand) -> Tree:
         digests: dict[str, Digest] = {}
 
         async def compute(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -129,6 +144,7 @@ class Hashing:
 
         async def add(item: tuple[SavedFile, tuple[Digest, bytes]]) -> None:
             file, (digest, data) = item
+            hand.add([digest])
             if not self._blobs.has(digest, file.size):
                 await self._blobs.add(data, digest)
             await took(file, digest)
@@ -139,6 +155,7 @@ class Hashing:
             for start in range(0, max(1, file.size), PIECE_BYTES):
                 await compute(_hash_piece, source, file, start, sha256.update)
             digest = Digest(sha256.hexdigest())
+            hand.add([digest])
             await self._blobs.share(source, digest)
             await took(file, digest)
 

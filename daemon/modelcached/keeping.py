@@ -1,7 +1,8 @@
 """The verbs of what tasks keep: save, load, list, delete, flush, collect. Is it sound, may this caller do it, which store is meant?
 
-Saves belong, on this node, to the uid that made them; the store is one trust domain: whoever may use a daemon with that store
-may load a key.
+Saves belong, on this node, to the uid that made them: while one waits in the spool, others can neither list, load, flush nor delete it, and
+are told what they are told of a key that nothing has (I8). The store is one trust domain: what is there, whoever may use a daemon with
+that store may load.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Keeping:
         return Reply({})
 
     async def _close(self, params: SaveClose, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
-        start = time.monotonic()
+        start, captured = time.monotonic(), time.time()
         save = self._spool.opened(params.save, caller.uid)
         if params.drop:
             await self._save.drop(save)
@@ -145,14 +146,16 @@ class Keeping:
                 "key": save.entry.key,
                 "files": len(save.entry.files),
                 "bytes": save.entry.size,
-                "seconds": round(time.monotonic() - start, 6),
+                "seconds": round(max(0.0, time.time() - save.entry.created), 6),
+                "capture_seconds": round(max(0.0, captured - save.entry.created), 6),
+                "keep_seconds": round(time.monotonic() - start, 6),
             },
         )
         return Reply(SaveClosed(reference))
 
     async def _load(self, params: Load, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         key, store = check_key(params.key), self._stores.named(params.store)
-        return await self._handed_out(params, key, caller, lambda: self._loader.get(key, store, report))
+        return await self._handed_out(params, key, caller, lambda: self._loader.get(key, store, caller, report))
 
     async def _load_folder(self, params: LoadFolder, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         store, folder = self._stores.around(params.url)
@@ -192,6 +195,7 @@ class Keeping:
                 "bytes": reply.size_bytes,
                 "store_bytes": reply.store_bytes,
                 "seconds": reply.seconds,
+                **loaded.spent,
             },
         )
         return Reply(reply, lease)
@@ -223,7 +227,7 @@ class Keeping:
 
     async def _delete(self, params: DeleteReference, caller: Caller, report: Report, descriptors: tuple[int, ...]) -> Reply:
         store, key = self._stores.named(params.store), check_key(params.key)
-        if self._upload.find(key, store) is not None:
+        if self._upload.find(key, store, caller) is not None:
             raise InUse(f"{key} is still on its way to the store", "delete it when it is there: modelcache flush waits for it", key=key)
         try:
             await (await self._stores.references(store)).delete(key)
@@ -246,12 +250,13 @@ class Keeping:
             pass
         finally:
             showing.cancel()
-        lost = [key for key in wanted.union(params.keys or ()) if key in self._upload.damaged]
+        lost = {key: why for key in wanted.union(params.keys or ()) if (why := self._upload.lost(key, caller)) is not None}
         if lost:
+            key, why = next(iter(lost.items()))
             raise SaveDamaged(
-                f"{lost[0]} was damaged on this node before the store had it: {self._upload.damaged[lost[0]]}",
+                f"{key} was damaged on this node before the store had it: {why}",
                 "what is left of it lies in the daemon's spool/corrupt; save it again",
-                keys=lost,
+                keys=list(lost),
             )
         pending = [entry for entry in self._upload.pending(caller.uid) if entry.key in wanted]
         return Reply(FlushReply([entry.key for entry in pending], self._upload.last_error(pending)))

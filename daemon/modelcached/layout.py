@@ -5,10 +5,12 @@ blobs/sha256/ab/<sha256>[.x]     complete, verified, read-only (I1)
 partial/<name>[.map]             resumable downloads and what of them counts
 trees/<tree>.json                trees; mtime is the last use
 views/<tree>/...                 exactly a tree's files (I2)
-repos/<endpoint>/<type>--<id>/   visibility.json  oids  refs/<revision>  shown/<tree>  <commit>.json
+repos/<endpoint>/<type>--<id>/   visibility.json  admitted  oids  refs/<revision>  shown/<tree>  <commit>.json  imported/<commit>.json
 legacy/<artifact>.json           which tree an artifact of metaflow-checkpoint turned out to be
 leases/<tree>/<id>               one file per lease, flocked by its holder (I4)
+pins/<uid>-<name>.json           named wishes to keep trees (I4)
 quarantine/                      blobs that lied (I10)
+scrubbed                         how far the running round of the scrub is
 tmp/                             emptied at start
 """
 
@@ -25,7 +27,10 @@ from .model import Commit, Content, Digest, Repo, TreeId
 
 FORMAT_VERSION = 1
 PUBLIC_FOLDERS = {"views": 0o711}  # names in it are not listed to others; the rest is the daemon's own
-PRIVATE_FOLDERS = ("blobs", "blobs/sha256", "partial", "trees", "repos", "legacy", "leases", "quarantine", "spool", "spool/corrupt", "tmp")
+PRIVATE_FOLDERS = (
+    *("blobs", "blobs/sha256", "partial", "trees", "repos", "legacy", "leases", "pins"),
+    *("quarantine", "spool", "spool/corrupt", "store", "tmp"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Layout:
     @cached_property
     def version(self) -> Path:
         return self.root / "VERSION"
+
+    @cached_property
+    def first_start(self) -> Path:
+        return self.root / "max_size"
 
     @cached_property
     def lock(self) -> Path:
@@ -66,6 +75,20 @@ class Layout:
     @cached_property
     def leases(self) -> Path:
         return self.root / "leases"
+
+    @cached_property
+    def pins(self) -> Path:
+        return self.root / "pins"
+
+    def pin(self, uid: int, name: str) -> Path:
+        """Names of one uid are its own; one in another script may be too long for a file's."""
+        quoted = quote(name, safe="")
+        return self.pins / f"{uid}-{quoted if len(quoted) <= 200 else hashlib.sha256(name.encode()).hexdigest()}.json"
+
+    @cached_property
+    def scrubbed(self) -> Path:
+        """How far the running round of the scrub is."""
+        return self.root / "scrubbed"
 
     @cached_property
     def quarantine(self) -> Path:
@@ -112,6 +135,9 @@ class Layout:
     def visibility(self, repo: Repo) -> Path:
         return self.repo(repo) / "visibility.json"
 
+    def admitted(self, repo: Repo) -> Path:
+        return self.repo(repo) / "admitted"
+
     def oids(self, repo: Repo) -> Path:
         return self.repo(repo) / "oids"
 
@@ -120,6 +146,9 @@ class Layout:
 
     def listing(self, repo: Repo, commit: Commit) -> Path:
         return self.repo(repo) / f"{commit}.json"
+
+    def imported(self, repo: Repo, commit: Commit) -> Path:
+        return self.repo(repo) / "imported" / f"{commit}.json"
 
     def shown(self, repo: Repo, tree: TreeId) -> Path:
         return self.repo(repo) / "shown" / tree

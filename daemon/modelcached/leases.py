@@ -35,15 +35,23 @@ class Leases:
         """A new lease on `tree`: its locked descriptor, which whoever gets it owns. The daemon keeps nothing."""
         temporary = self._layout.fresh("lease")
         note = {"uid": caller.uid, "pid": caller.pid, "start": time.time(), "purpose": purpose[:200]}
-        temporary.write_text(json.dumps(note))
-        lease = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        lease = -1
         try:
+            temporary.write_text(json.dumps(note))
+            lease = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            folder = self._layout.lease_folder(tree)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            durable.rename(temporary, folder / temporary.name)  # locked before it has its name: no sweep can take it for dead
+            folder, is_named = self._layout.lease_folder(tree), False
+            while not is_named:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                try:
+                    durable.rename(temporary, folder / temporary.name)  # locked before it has its name: no sweep can take it for dead
+                    is_named = True
+                except FileNotFoundError:  # a sweep in another thread has just taken the empty folder away
+                    if not temporary.exists():
+                        raise
         except BaseException:
-            os.close(lease)
+            if lease >= 0:
+                os.close(lease)
             temporary.unlink(missing_ok=True)
             raise
         return lease
@@ -67,6 +75,9 @@ class Leases:
             holder = _holder(folder / name)
             if holder is not None:
                 yield holder
+            else:
+                with contextlib.suppress(OSError):
+                    os.utime(self._layout.tree(TreeId(folder.name)))  # it was in use until now, or until shortly before
         with contextlib.suppress(OSError):
             folder.rmdir()
 

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .blobs import Blobs
 from .convert import Converter
 from .errors import IncompatibleReference, MissingObject, ReferenceNotFound, SaveDamaged, StoreMismatch, disk_errors
-from .filesystems import require_room
 from .gather import Gather
-from .layout import Layout
-from .meter import Meter, Report, ticking
-from .model import Tree, TreeId
+from .holds import Hand, Holds
+from .meter import Meter, Report, Spent, ticking
+from .model import Caller, Content, Tree, TreeFile, TreeId
 from .packs import Pack
 from .references import References
+from .room import Room
 from .singleflight import Flight, Flights
 from .spool import Entry
 from .store import Store
 from .tasks import Pool
 from .trees import Trees
 
+SPENT = ("lookup", "others", "store", "verify", "view")  # what the time of a load goes to
 log = logging.getLogger(__name__)
 
 
@@ -36,13 +39,14 @@ class Loaded(NamedTuple):
     tree: Tree
     reference: dict[str, Any]
     store_bytes: int  # that came while the caller waited
+    spent: Mapping[str, float] = MappingProxyType({})  # seconds, for the log
 
 
 class Assembly(Flight[Tree]):
     """One tree being brought from a store."""
 
     def __init__(self, loader: Loader, name: TreeId, store: Store) -> None:
-        super().__init__(lambda: loader.assemble(self))
+        super().__init__(lambda: loader.work(self))
         self.name = name
         self.store = store
         self.meter = Meter()
@@ -51,33 +55,39 @@ class Assembly(Flight[Tree]):
 class Loader:
     def __init__(
         self,
-        layout: Layout,
         blobs: Blobs,
         trees: Trees,
         gather: Gather,
         converter: Converter,
         pool: Pool,
         group: asyncio.TaskGroup,
-        min_free: int,
+        room: Room,
+        holds: Holds,
         store_of: Callable[[str], Awaitable[Store]],
-        pending: Callable[[str, str], Entry | None],
+        pending: Callable[[str, str, Caller], Entry | None],
         tree_of: Callable[[Entry, Report], Awaitable[tuple[TreeId, Tree]]],
     ) -> None:
-        self._layout = layout
         self._blobs = blobs
         self._trees = trees
         self._gather = gather
         self._converter = converter
         self._pool = pool
-        self._min_free = min_free
+        self._room = room
+        self._holds = holds
         self._store_of = store_of
         self._pending = pending
         self._tree_of = tree_of
         self._assemblies: Flights[tuple[TreeId, str], Assembly, Tree] = Flights(group)
+        self.tiers = {"disk": 0, "store": 0}  # of what was handed out, the farthest that had to be asked
 
-    async def get(self, key: str, store_url: str, report: Report) -> Loaded:
+    async def get(self, key: str, store_url: str, caller: Caller, report: Report) -> Loaded:
         """The view of what was saved under `key`, every byte of it checked."""
-        entry = self._pending(key, store_url)
+        loaded = await self._get(key, store_url, caller, report)
+        self.tiers["store" if loaded.store_bytes else "disk"] += 1
+        return loaded
+
+    async def _get(self, key: str, store_url: str, caller: Caller, report: Report) -> Loaded:
+        entry = self._pending(key, store_url, caller)
         lost: SaveDamaged | None = None
         if entry is not None:
             try:
@@ -99,13 +109,21 @@ class Loader:
             kept = await References(store).get_late(key)
         place = (kept.tree, store_url)
         assembly = self._assemblies.board(place, lambda: Assembly(self, kept.tree, store))
-        meter, before = assembly.meter, assembly.meter.received_bytes
+        meter, before, spent = assembly.meter, assembly.meter.received_bytes, Spent()
+        is_mine = not meter.reports
+        if is_mine:
+            meter.spent = spent
         meter.reports.append(report)
         try:
-            tree = await self._assemblies.wait(place, assembly)
+            with nullcontext() if is_mine else spent.during("others"):
+                tree = await self._assemblies.wait(place, assembly)
         finally:
             meter.reports.remove(report)
-        return Loaded(kept.tree, tree, kept.reference, meter.received_bytes - before)
+        return Loaded(kept.tree, tree, kept.reference, meter.received_bytes - before, spent.seconds(SPENT))
+
+    def activities(self) -> list[dict[str, Any]]:
+        """What is being brought from stores now."""
+        return [each.meter.activity(f"tree {each.name[:12]}") for each in self._assemblies.running()]
 
     async def get_folder(self, name: str, store_url: str, report: Report) -> Loaded:
         """The view of a folder in a store that no save made: what came is checked by its size alone."""
@@ -121,34 +139,49 @@ class Loader:
         """Whether the key is that of an artifact which is not ours."""
         return await self._converter.has(key, store_url)
 
-    async def assemble(self, assembly: Assembly) -> Tree:
-        """An assembly's work: from a tree's name to its view."""
+    async def work(self, assembly: Assembly) -> Tree:
+        with self._holds.hand(assembly.name) as hand:
+            return await self._assemble(assembly, hand)
+
+    async def _assemble(self, assembly: Assembly, hand: Hand) -> Tree:
+        """From a tree's name to its view. Its blobs are in its hand before it looks which of them are here."""
         name, store, meter = assembly.name, assembly.store, assembly.meter
         async with ticking(meter):
-            tree = await self._pool.run(self._trees.load, name)
-            packs: tuple[Pack, ...] = ()
-            missing = [] if tree is None else await self._pool.run(self._gather.missing, tree)
-            if tree is None or missing:
-                tree, packs = await References(store).record(name, self._pool)
-                missing = await self._pool.run(self._gather.missing, tree)
+            with meter.spent.during("lookup"):
+                tree = await self._pool.run(self._trees.load, name)
+                packs: tuple[Pack, ...] = ()
+                missing: list[TreeFile] = []
+                if tree is not None:
+                    hand.add(file.sha256 for file in tree.files)
+                    missing = await self._pool.run(self._gather.missing, tree)
+                if tree is None or missing:
+                    tree, packs = await References(store).record(name, self._pool)
+                    hand.add(file.sha256 for file in tree.files)
+                    missing = await self._pool.run(self._gather.missing, tree)
             if missing:
                 size = sum(file.size for file in missing)
-                require_room(self._layout.root, size, self._min_free, f"the save with tree {name[:12]}")
                 meter.start(tree.size, len(tree.files), tree.size - size, len(tree.files) - len(missing))
                 meter.phase, meter.source = "download", "store"
+                whole = tree
+
+                async def bring() -> None:
+                    await self._gather.bring(store, await self._pool.run(self._gather.missing, whole), packs, meter)
+
+                needs = dict(self._room.content(Content("sha256", file.sha256, file.size)) for file in missing)
                 try:
-                    await self._gather.bring(store, missing, packs, meter)
+                    await self._room.run(needs, f"the save with tree {name[:12]}", bring)
                 except (MissingObject, StoreMismatch) as error:
                     raise IncompatibleReference(
                         f"a part of what was saved is no longer in {store.url}: {error.message}", "save it again", tree=name
                     ) from error
-            await self._pool.run(self._trees.save, tree)
             meter.phase, meter.source = "publish", "disk"
-            await self._show(name, tree)
+            with meter.spent.during("view"):
+                await self._pool.run(self._trees.save, tree)
+                await self._show(name, tree)
         return tree
 
     async def _show(self, name: TreeId, tree: Tree) -> None:
-        with disk_errors("building a view"):
+        with self._holds.hand(name, *(file.sha256 for file in tree.files)), disk_errors("building a view"):
             for digest in {file.sha256 for file in tree.files if file.executable}:
                 await self._pool.run(self._blobs.make_executable, digest)
             await self._pool.run(self._trees.mend, name, tree)

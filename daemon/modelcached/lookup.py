@@ -2,7 +2,8 @@
 
 A branch is looked up again when the last answer is older than `fresh_seconds`; a full commit hash is never looked up once
 its listing is here. A private or gated repo is for callers whose own token the hub accepted, on a hit too (I8): the verdict
-is kept in memory for `verdict_seconds`, under a hash of the token, and when the hub is away only a kept verdict counts.
+is kept in memory for `verdict_seconds`, under a hash of the token, and when the hub is away a kept verdict counts and none means no. A
+repo that was public is looked at again every hour while it is asked for by commit, so that one which was closed does not stay open.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from .errors import GatedRepo, HubUnavailable, LocalEntryNotFound, RepoNotFound, TokenRefused
+from .errors import ContentMismatch, GatedRepo, HubProblem, HubUnavailable, LocalEntryNotFound, RepoNotFound, ShuttingDown, TokenRefused
 from .exchange import Exchange
 from .hub import Answer, Hub
+from .hubtoken import HubToken
 from .model import Commit, Listing, Repo, is_commit
 from .recent import Recent
 from .repos import Ref, Repos, Visibility
@@ -24,6 +27,8 @@ from .singleflight import Flight, Flights
 from .tasks import Pool, behind
 
 Warn = Callable[[str], None]
+T = TypeVar("T")
+PUBLIC_SECONDS = 3600.0  # a repo that was public is looked at again at least so often, while somebody asks for it by commit
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +43,7 @@ class Lookup:
         verdict_seconds: float,
         offline: bool,
         exchange: Exchange | None = None,
+        own_token: HubToken | None = None,
     ) -> None:
         self._repos = repos
         self._hub = hub
@@ -46,11 +52,13 @@ class Lookup:
         self._verdict_seconds = verdict_seconds
         self._offline = offline
         self._exchange = exchange
+        self._own_token = own_token or HubToken("", "")
         self._group = group
         self._answers: Flights[tuple[Repo, str, str | None], Flight[Answer], Answer] = Flights(group)
         self._listings: Flights[tuple[Repo, Commit, str | None], Flight[Listing], Listing] = Flights(group)
         self._accesses: Flights[tuple[Repo, str | None], Flight[None], None] = Flights(group)
         self._verdicts: Recent[bytes, float] = Recent(65_536)  # monotonic time of the hub's yes
+        self._looked_again: Recent[Repo, float] = Recent(4096)  # monotonic
         self._salt = secrets.token_bytes(16)
 
     async def commit(self, repo: Repo, revision: str, token: str | None, warn: Warn, force: bool = False, local: bool = False) -> Commit:
@@ -62,14 +70,14 @@ class Lookup:
         if known is not None and not force and known.age() < self._fresh_seconds:
             return Commit(known.commit)
         if local or self._offline:
-            known = known or (None if local else await self._remembered(repo, revision))
+            known = known or self._imported(repo, revision) or (None if local else await self._remembered(repo, revision))
             if known is None:
                 raise not_here(repo, revision)
             return Commit(known.commit)
         try:
             answer = await self._look_up(repo, revision, token, attempts=None if known is None else 1)
         except HubUnavailable as error:
-            known = known or await self._remembered(repo, revision)
+            known = known or self._imported(repo, revision) or await self._remembered(repo, revision)
             if known is None:
                 raise
             warn(f"{error.message}; using {repo}@{revision} as of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(known.checked))}")
@@ -82,6 +90,8 @@ class Lookup:
         if seen is None:
             raise not_here(repo, revision)
         if seen.is_public:
+            if is_commit(revision) and not local and not self._offline:
+                self._look_again(repo, revision, token, seen)
             return False
         said = self._verdicts.get(self._verdict_key(repo, token))
         if said is not None and time.monotonic() - said < self._verdict_seconds:
@@ -104,15 +114,64 @@ class Lookup:
                     await self._pool.run(self._repos.set_listing, repo, known)
                     return known
         if local or self._offline:
-            raise not_here(repo, commit)
-        return await self._listings.join((repo, commit, token), lambda: Flight(lambda: self._list(repo, commit, token)))
+            imported = await self._pool.run(self._repos.imported, repo, commit)
+            if imported is None:
+                raise not_here(repo, commit)
+            return imported
+        try:
+            return await self._listings.join((repo, commit, token), lambda: Flight(lambda: self._list(repo, commit, token)))
+        except HubUnavailable:
+            imported = await self._pool.run(self._repos.imported, repo, commit)
+            if imported is None:
+                raise
+            return imported
 
     async def _look_up(self, repo: Repo, revision: str, token: str | None, attempts: int | None) -> Answer:
         return await self._answers.join((repo, revision, token), lambda: Flight(lambda: self._ask(repo, revision, token, attempts)))
 
-    async def _ask(self, repo: Repo, revision: str, token: str | None, attempts: int | None) -> Answer:
+    async def with_token(
+        self, repo: Repo, token: str | None, question: Callable[[str | None], Awaitable[T]], tells_visibility: bool = False
+    ) -> T:
+        """Asks the hub for a caller with this token who may have the repo: with the daemon's own where that may be, and what the hub
+        does not give to that one with the caller's. An answer that `tells_visibility` shows by itself whether the repo is public still."""
+        seen = self._repos.visibility(repo)
+        public_since = seen.checked if seen is not None and seen.is_public else None
+        if public_since is not None and tells_visibility:
+            public_since = time.time()
+        sent = self._own_token.instead_of(token, repo, public_since)
+        if sent != token:
+            try:
+                return await question(sent)
+            except ContentMismatch:
+                raise
+            except HubProblem as error:
+                if isinstance(error, TokenRefused):
+                    self._own_token.refused()
+        return await question(token)
+
+    def _look_again(self, repo: Repo, revision: str, token: str | None, seen: Visibility) -> None:
+        """A commit is never looked up, but its repo may have become private meanwhile: asks now and then, behind the caller's back."""
+        now, said = time.monotonic(), self._looked_again.get(repo)
+        is_due = not 0 <= time.time() - seen.checked < PUBLIC_SECONDS and (said is None or now - said > PUBLIC_SECONDS)
+        if is_due:
+            self._looked_again.put(repo, now)
+            behind(self._group, self._look_quietly(repo, revision, token))
+
+    async def _look_quietly(self, repo: Repo, revision: str, token: str | None) -> None:
         try:
-            answer = await self._hub.look_up(repo, revision, token, attempts)
+            await self._look_up(repo, revision, token, attempts=1)
+        except (HubProblem, HubUnavailable, ShuttingDown) as error:
+            log.info("a public repo could not be looked at again", extra={"repo": str(repo), "error": str(error)})
+
+    async def _ask(self, repo: Repo, revision: str, token: str | None, attempts: int | None) -> Answer:
+        async def look_up(sent: str | None) -> Answer:
+            answer = await self._hub.look_up(repo, revision, sent, attempts)
+            if sent != token and (answer.private or answer.gated):
+                raise RepoNotFound(f"{repo} is public no more")  # what the daemon's own token is shown is not for this caller (I8)
+            return answer
+
+        try:
+            answer = await self.with_token(repo, token, look_up, tells_visibility=True)
         except (RepoNotFound, TokenRefused) as error:
             self._verdicts.drop(self._verdict_key(repo, token))  # an earlier yes is over
             self._close(repo, error)
@@ -123,6 +182,11 @@ class Lookup:
         if answer.private and not answer.gated:
             self._accept(repo, token)  # the hub has just shown it to this token
         return answer
+
+    def _imported(self, repo: Repo, revision: str) -> Ref | None:
+        """A commit that another cache had files of: it is known by its own name, too."""
+        is_here = is_commit(revision) and self._repos.has_imported(repo, Commit(revision)) and self._repos.visibility(repo) is not None
+        return Ref(revision, time.time()) if is_here else None
 
     async def _remembered(self, repo: Repo, revision: str) -> Ref | None:
         """What another node left in the store about a public repo."""
@@ -144,7 +208,7 @@ class Lookup:
         return None
 
     async def _list(self, repo: Repo, commit: Commit, token: str | None) -> Listing:
-        listing = await self._hub.list_files(repo, commit, token)
+        listing = await self.with_token(repo, token, lambda sent: self._hub.list_files(repo, commit, sent))
         await self._pool.run(self._repos.set_listing, repo, listing)
         return listing
 

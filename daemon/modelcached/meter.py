@@ -5,15 +5,50 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Protocol
 
 from modelcache.protocol import Progress
 
 RATE_SECONDS = 3.0  # the rate is an average over so long
 TICK_SECONDS = 0.2
 Report = Callable[[Progress], None]
+
+
+class Spent:
+    """Where time went, by kind: wall time during which at least one part of the work was of that kind. Kinds may overlap."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[int, float]] = {}  # how many parts, and since when there was one
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def during(self, kind: str) -> Iterator[None]:
+        self.enter(kind)
+        try:
+            yield
+        finally:
+            self.leave(kind)
+
+    def enter(self, kind: str) -> None:
+        count, since = self._running.get(kind, (0, time.monotonic()))
+        self._running[kind] = (count + 1, since)
+
+    def leave(self, kind: str) -> None:
+        count, since = self._running.pop(kind)
+        if count > 1:
+            self._running[kind] = (count - 1, since)
+        else:
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + time.monotonic() - since
+
+    def add(self, kind: str, seconds: float) -> None:
+        """What was measured elsewhere."""
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def seconds(self, kinds: Sequence[str]) -> dict[str, float]:
+        """What is over of each kind, as keys of a log line."""
+        return {f"{kind}_seconds": round(self._seconds.get(kind, 0.0), 6) for kind in kinds}
 
 
 class Running(Protocol):
@@ -36,6 +71,7 @@ class Meter:
         self.store_bytes = 0  # of these, from the store
         self.parts: set[Running] = set()
         self.reports: list[Report] = []
+        self.spent = Spent()
         self._samples: deque[tuple[float, int]] = deque()
 
     def start(self, total_bytes: int, total_files: int, done_bytes: int, done_files: int) -> None:
@@ -65,6 +101,10 @@ class Meter:
             waiters=len(self.reports),
             message=message,
         )
+
+    def activity(self, what: str, **more: Any) -> dict[str, Any]:
+        """The same, as `status` tells it."""
+        return {"what": what, **self.progress()._asdict(), **more}
 
     def show(self, message: str = "") -> None:
         progress = self.progress(message)

@@ -80,11 +80,12 @@ class ListedFile(msgspec.Struct, frozen=True, array_like=True):
     xet_hash: str | None = None
 
 
-class Listing(msgspec.Struct, frozen=True):
+class Listing(msgspec.Struct, frozen=True, omit_defaults=True):
     """All files of one commit, sorted by path, every path checked."""
 
     commit: str
     files: tuple[ListedFile, ...]
+    is_whole: bool = True  # False: those that another cache had, perhaps not all
 
 
 class Content(NamedTuple):

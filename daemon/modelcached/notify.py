@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 
 
@@ -29,6 +30,10 @@ class Notifier:
 
     def status(self, text: str) -> None:
         self._send("STATUS=" + " ".join(text.split()))
+
+    def reloading(self) -> None:
+        """Follow it with `ready`."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")

@@ -18,7 +18,7 @@ import msgspec
 
 from . import durable
 from .layout import Layout
-from .model import Commit, Content, Digest, ListedFile, Listing, Repo, TreeId, check_paths, is_commit, listing_json
+from .model import Caller, Commit, Content, Digest, ListedFile, Listing, Repo, TreeId, check_paths, is_commit, is_owner, listing_json
 from .recent import Recent
 
 
@@ -60,6 +60,7 @@ class Selected(msgspec.Struct, frozen=True):
 
 ref_json = msgspec.json.Decoder(Ref)
 visibility_json = msgspec.json.Decoder(Visibility)
+_admitted_json = msgspec.json.Decoder(set[int])
 _selected_json = msgspec.json.Decoder(Selected)
 
 
@@ -68,6 +69,7 @@ class Repos:
         self._layout = layout
         self._refs: Recent[tuple[Repo, str], Ref] = Recent(4096)
         self._visibility: Recent[Repo, Visibility] = Recent(4096)
+        self._admitted: Recent[Repo, set[int]] = Recent(4096)
         self._listings: Recent[tuple[Repo, Commit], Listing] = Recent(50_000, lambda listing: len(listing.files))  # about 15 MB
         self._oids: Recent[Repo, dict[str, Digest]] = Recent(8)
 
@@ -79,8 +81,9 @@ class Repos:
                 known = self._refs.put((repo, revision), read) if is_commit(read.commit) else None
         return known
 
-    def set_ref(self, repo: Repo, revision: str, commit: Commit) -> None:
-        ref = self._refs.put((repo, revision), Ref(commit, time.time()))
+    def set_ref(self, repo: Repo, revision: str, commit: Commit, checked: float | None = None) -> None:
+        """`checked`: when the hub said so, if it was not now."""
+        ref = self._refs.put((repo, revision), Ref(commit, time.time() if checked is None else checked))
         path = self._layout.ref(repo, revision)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         durable.record(path, msgspec.json.encode(ref), self._layout.fresh("ref"))
@@ -99,6 +102,27 @@ class Repos:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         durable.record(path, msgspec.json.encode(seen), self._layout.fresh("visibility"))
         return seen
+
+    def admitted(self, repo: Repo) -> set[int]:
+        """The uids that have been given something of a private or gated repo: to others it is not even listed (I8)."""
+        known = self._admitted.get(repo)
+        if known is None:
+            known = set()
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                known = _admitted_json.decode(self._layout.admitted(repo).read_bytes())
+            self._admitted.put(repo, known)
+        return known
+
+    def may_know(self, repo: Repo, caller: Caller) -> bool:
+        """Whether the caller may be told that something of this repo is here (I8)."""
+        seen = self.visibility(repo)
+        return is_owner(caller) or (seen is not None and seen.is_public) or caller.uid in self.admitted(repo)
+
+    def note_admitted(self, repo: Repo, uid: int) -> None:
+        known = self.admitted(repo)
+        if uid not in known:
+            known.add(uid)
+            durable.record(self._layout.admitted(repo), msgspec.json.encode(sorted(known)), self._layout.fresh("admitted"))
 
     def has_listing(self, repo: Repo, commit: Commit) -> bool:
         return self._listings.get((repo, commit)) is not None or self._layout.listing(repo, commit).exists()
@@ -125,9 +149,29 @@ class Repos:
         durable.record(path, msgspec.json.encode(listing), self._layout.fresh("listing"))
         self._listings.put((repo, commit), listing)
 
+    def set_imported(self, repo: Repo, listing: Listing) -> None:
+        """Keeps what another cache had of a commit's files: perhaps not all of them (blocks)."""
+        path = self._layout.imported(repo, Commit(listing.commit))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.record(path, msgspec.json.encode(listing), self._layout.fresh("listing"))
+
+    def imported(self, repo: Repo, commit: Commit) -> Listing | None:
+        """That, for when the hub can't be asked (blocks)."""
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            known = listing_json.decode(self._layout.imported(repo, commit).read_bytes())
+            check_paths([file.path for file in known.files], str(repo))
+            return known if known.commit == commit else None
+        return None
+
+    def has_imported(self, repo: Repo, commit: Commit) -> bool:
+        return self._layout.imported(repo, commit).exists()
+
     def open_listing(self, repo: Repo, commit: Commit) -> int:
         """A descriptor of the listing's JSON, for a caller; whoever gets it owns it."""
-        return os.open(self._layout.listing(repo, commit), os.O_RDONLY | os.O_CLOEXEC)
+        path = self._layout.listing(repo, commit)
+        if not path.exists():
+            path = self._layout.imported(repo, commit)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def content(self, repo: Repo, file: ListedFile) -> Content:
         """What is known of a listed file's bytes before they are here."""
@@ -182,7 +226,7 @@ class Repos:
             shutil.rmtree(self._layout.repo(repo), ignore_errors=True)
         else:
             self._layout.ref(repo, revision).unlink(missing_ok=True)
-        for memory in (self._refs, self._visibility, self._listings, self._oids):
+        for memory in (self._refs, self._visibility, self._admitted, self._listings, self._oids):
             memory.clear()
 
     def forget_listing(self, repo: Repo, commit: Commit) -> None:

@@ -84,6 +84,7 @@ def _recover(layout: Layout) -> None:
     """Makes what is missing and empties tmp/. Partial downloads stay, but for what a kill in the middle of their publication left."""
     for name in PRIVATE_FOLDERS:
         (layout.root / name).mkdir(mode=0o700, exist_ok=True)
+        (layout.root / name).chmod(0o700)  # whoever made it
     for name, mode in PUBLIC_FOLDERS.items():
         (layout.root / name).mkdir(exist_ok=True)
         (layout.root / name).chmod(mode)

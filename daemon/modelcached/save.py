@@ -18,12 +18,11 @@ from typing import Any
 
 from . import capture, durable, packs
 from .blobs import Blobs
-from .errors import InvalidRequest, NoSpace, SaveUnknown, disk_errors
-from .filesystems import free_bytes, gib
+from .errors import InvalidRequest, SaveUnknown, disk_errors
 from .lanes import Lanes
-from .layout import Layout
 from .model import Caller, Tree, TreeId, check_links, check_paths
 from .references import reference_key
+from .room import Room
 from .spool import COPIES_AT_ONCE, Entry, OpenSave, SavedFile, Spool
 from .tasks import Pool, each
 from .trees import Trees
@@ -36,9 +35,9 @@ Handed = tuple[str, int, bool]  # path, size in bytes, executable
 
 class Save:
     def __init__(
-        self, layout: Layout, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, lanes: Lanes, group: asyncio.TaskGroup
+        self, room: Room, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, lanes: Lanes, group: asyncio.TaskGroup
     ) -> None:
-        self._layout = layout
+        self._room = room
         self._spool = spool
         self._blobs = blobs
         self._trees = trees
@@ -61,7 +60,9 @@ class Save:
         if files > MAX_FILES:
             raise InvalidRequest(f"{files} files are too many for one save", f"at most {MAX_FILES}")
         await self.drop_abandoned()
-        self._require_room(size, storage_format)
+        self._spool.require_quota(caller.uid, size)  # before anything is evicted for it
+        # A tar is put together on the disk before it is sent (I6).
+        await self._room.admit_save(2 * size if storage_format == "tar" else size, "the save")
 
         def make(name: str) -> Entry:
             now = time.time()
@@ -191,18 +192,6 @@ class Save:
         finally:
             save.capturing -= 1
             save.room_left += sum(size for path, size, _ in files if path not in save.files)
-
-    def _require_room(self, size: int, storage_format: str) -> None:
-        """Saves may use what downloads have to leave free. A tar is put together on the disk before it is sent (I6)."""
-        room = max(0, free_bytes(self._layout.root) - self._spool.reserved_bytes)
-        needed = 2 * size if storage_format == "tar" else size
-        if needed > room:
-            raise NoSpace(
-                f"the save needs {gib(needed)}; {self._layout.root} has {gib(room)} free that no other save was promised",
-                "free space on the cache's filesystem (modelcache ls, rm), or wait for earlier saves to be in the store (modelcache flush)",
-                needed_bytes=needed,
-                free_bytes=room,
-            )
 
 
 def _complete(save: OpenSave, links: list[tuple[str, str]], folders: list[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable
 
 from modelcache.protocol import Hello
 
+from .admission import Admission
 from .connection import HELLO, Connection, Service, Traffic, credentials
 from .errors import TooMany
 from .verbs import Verb
@@ -28,12 +29,15 @@ logger = logging.getLogger(__name__)
 class Server:
     """Serves `service` on a listening socket, which stays its owner's to close."""
 
-    def __init__(self, service: Service, listening: socket.socket, traffic: Traffic, max_connections: int = 4096) -> None:
+    def __init__(
+        self, service: Service, listening: socket.socket, traffic: Traffic, max_connections: int = 4096, admission: Admission | None = None
+    ) -> None:
         self._service = service
         self._verbs = {name: Verb(name, params) for name, params in {HELLO: Hello, **service.methods}.items()}
         self._listening: socket.socket | None = listening
         self._traffic = traffic
         self._max_connections = max_connections
+        self._admission = admission or Admission()
         self._group: asyncio.TaskGroup | None = None
 
     def start(self, group: asyncio.TaskGroup) -> None:
@@ -102,6 +106,10 @@ class Server:
         accepted.setblocking(False)
         caller = credentials(accepted)
         connection = Connection(self._service, self._verbs, self._traffic, accepted, caller)
+        refusal = self._admission.refusal(accepted, caller, self._traffic.of_uid[caller.uid])
+        if refusal is not None:
+            self._traffic.refused += 1
+            return connection.fail(refusal)
         if len(self._traffic.connections) >= self._max_connections:
             self._traffic.refused += 1
             logger.warning("too many connections", extra={"uid": caller.uid, "pid": caller.pid, "limit": self._max_connections})

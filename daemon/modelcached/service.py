@@ -26,12 +26,17 @@ from modelcache.protocol import (
 from . import __version__
 from .config import Config
 from .errors import EndpointNotAllowed, InUse, InvalidRequest, disk_errors
-from .fetch import Ask, Fetch
+from .fetch import Fetch
+from .importing import Importing
 from .keeping import Keeping
 from .leases import Leases
 from .meter import Report
 from .model import Caller, Digest, Reply, check_repo, check_revision, is_owner, require_owner
+from .policy import Policy
+from .rates import Rate
 from .repos import Repos
+from .selection import Ask
+from .tending import Tending
 from .trees import Trees
 from .upkeep import Known, Upkeep
 from .watch import Verb, Watching
@@ -51,6 +56,10 @@ class Service:
         leases: Leases,
         keeping: Keeping,
         watching: Watching,
+        tending: Tending,
+        importing: Importing,
+        policy: Policy,
+        rates: Mapping[str, Rate],  # by the field that sets it
         statistics: Callable[[int | None], dict[str, Any]],  # as one uid may see them; None: all of it
     ) -> None:
         self._config = config
@@ -60,10 +69,13 @@ class Service:
         self._repos = repos
         self._leases = leases
         self._statistics = statistics
-        self.taking = keeping.taking | watching.taking  # the methods that take descriptors
+        self._policy = policy
+        self._rates = rates
+        self.taking = keeping.taking | importing.taking | watching.taking  # the methods that take descriptors
         self._keeping = keeping
         self._watching = watching
-        self._taking_verbs: dict[str, tuple[type, Verb]] = {**keeping.verbs, **watching.verbs}
+        # Those that are told of descriptors.
+        self._taking_verbs: dict[str, tuple[type, Verb]] = {**keeping.verbs, **importing.verbs, **watching.verbs}
         self._verbs: dict[str, tuple[type, Callable[[Any, Caller, Report], Awaitable[Reply]]]] = {
             "fetch": (FetchParams, self._do_fetch),
             "plan": (FetchParams, self._do_plan),
@@ -71,6 +83,7 @@ class Service:
             "rm": (Remove, self._do_remove),
             "verify": (Verify, self._do_verify),
             "status": (Status, self._do_status),
+            **tending.verbs,
         }
 
     @property
@@ -86,6 +99,13 @@ class Service:
             if method in self._taking_verbs:
                 return await self._taking_verbs[method][1](params, caller, report, descriptors)
             return await self._verbs[method][1](params, caller, report)
+
+    def reload(self, config: Config) -> None:
+        """Takes over what can be changed while the daemon runs; nothing that is under way is dropped."""
+        self._config = config
+        self._policy.set(config.allowed_repos, config.denied_repos)
+        for field, rate in self._rates.items():
+            rate.set(getattr(config, field))
 
     def hello(self) -> HelloReply:
         return HelloReply(
@@ -111,6 +131,8 @@ class Service:
                 self._fetch.forget()  # removed, or dropped as damaged, between the fetch and here
                 continue
             self._trees.admit(name, caller, got.is_private)
+            if got.is_private:
+                self._repos.note_admitted(ask.repo, caller.uid)
             descriptors: tuple[int, ...] = () if name in params.held else (self._leases.grant(name, caller, params.purpose),)
             break
         try:
@@ -135,6 +157,8 @@ class Service:
             private=got.is_private,
             store_bytes=got.store_bytes,
         )
+        if reply.leased:
+            self._policy.granted(ask.repo, got.commit)
         is_news = reply.leased or reply.hub_bytes + reply.store_bytes > 0  # a task that asks again and again says so once
         log.log(
             logging.INFO if is_news else logging.DEBUG,
@@ -147,6 +171,7 @@ class Service:
                 "hub_bytes": got.hub_bytes,
                 "store_bytes": got.store_bytes,
                 "seconds": reply.seconds,
+                **got.spent,
             },
         )
         return Reply(reply, descriptors)
@@ -157,7 +182,7 @@ class Service:
         return Reply(PlanReply(commit, None, [[file.path, file.size, is_here] for file, is_here in files]))
 
     async def _do_list(self, params: List_, caller: Caller, report: Report) -> Reply:
-        known = [each for each in await self._upkeep.known(params.repo_id) if self._may_see(caller, each)]
+        known = [self._as_seen(caller, each) for each in await self._upkeep.known(params.repo_id)]
         return Reply({"repos": [entry._asdict() for entry in await self._upkeep.entries(known)]})
 
     async def _do_remove(self, params: Remove, caller: Caller, report: Report) -> Reply:
@@ -184,6 +209,7 @@ class Service:
 
     def _ask(self, params: FetchParams) -> Ask:
         repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        self._policy.check(repo)
         for patterns in (params.allow_patterns, params.ignore_patterns):
             if patterns is not None and len(patterns) > MAX_PATTERNS:
                 raise InvalidRequest(
@@ -212,6 +238,9 @@ class Service:
             )
         return asked.rstrip("/")
 
-    def _may_see(self, caller: Caller, known: Known) -> bool:
-        """Listings show others' private repos to nobody (I8)."""
-        return known.visibility.is_public or is_owner(caller) or any(self._trees.is_admitted(name, caller) for name in known.shown)
+    def _as_seen(self, caller: Caller, known: Known) -> Known:
+        """Listings show others' private repos to nobody (I8): not by a tree that looks the same in another repo either."""
+        if known.visibility.is_public or is_owner(caller):
+            return known
+        may_know = self._repos.may_know(known.repo, caller)
+        return known._replace(shown={name: how for name, how in known.shown.items() if may_know and self._trees.may_enter(name, caller)})

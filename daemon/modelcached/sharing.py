@@ -73,6 +73,7 @@ class Sharing:
         self._refresh_seconds = expiry_seconds / 4
         self.shared = 0  # trees
         self._records: Recent[TreeId, Record] = Recent(KNOWN_FILES, lambda record: 1 + len(record.tree.files))
+        self._in_store: set[TreeId] = set()
         self._doubted: set[tuple[Repo, Commit]] = set()  # whose packs hold wrong bytes: they are put again
         self._turns: WeakValueDictionary[tuple[Repo, Commit], asyncio.Lock] = WeakValueDictionary()
         self._publishing: WeakValueDictionary[tuple[Repo, Commit], asyncio.Lock] = WeakValueDictionary()
@@ -108,6 +109,10 @@ class Sharing:
         if self._exchange.is_near:
             behind(self._group, self._publish(brought))
 
+    def has(self, tree: TreeId) -> bool:
+        """Whether this daemon knows that the store has the tree."""
+        return tree in self._in_store
+
     def statistics(self) -> dict[str, int]:
         return {**self._exchange.statistics(), "shared": self.shared}
 
@@ -124,7 +129,8 @@ class Sharing:
                     self._exchange.claims.take(name, lambda: meter.received_bytes + self._exchange.sent_bytes)
                 )
                 if claim is None:
-                    await self._exchange.claims.wait(name)
+                    with meter.spent.during("others"):
+                        await self._exchange.claims.wait(name)
             return None
         finally:
             if claim is not None:
@@ -208,6 +214,8 @@ class Sharing:
             async with self._publishing.setdefault((repo, commit), asyncio.Lock()):
                 age = await exchange.answered(records.tree_age(repo, commit, name))
                 is_there = await exchange.answered(exchange.store.head(tree_key(name))) is not None
+                if is_there and age is not None:
+                    self._in_store.add(name)
                 if is_there and age is not None and age < self._refresh_seconds and (repo, commit) not in self._doubted:
                     return
                 listing = await self._pool.run(self._repos.listing, repo, commit)
@@ -225,6 +233,7 @@ class Sharing:
         await exchange.records.put_tree(repo, commit, name, selected)
         doubts = (repo, commit) in self._doubted
         self._records.put(name, await self._depot.bring(exchange.store, name, tree, exchange.put, doubts=doubts))
+        self._in_store.add(name)
         self._doubted.discard((repo, commit))
 
     def _is_news(self, seen: Said, told: Said | None, what: Callable[[Said], object]) -> bool:

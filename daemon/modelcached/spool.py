@@ -29,7 +29,8 @@ from typing import Any
 import msgspec
 
 from . import durable
-from .errors import SaveUnknown, TooMany, UnsafePath
+from .errors import NoSpace, SaveUnknown, TooMany, UnsafePath
+from .filesystems import gib
 from .layout import Layout
 from .model import Digest, TreeId, check_links, check_paths, is_digest
 
@@ -106,8 +107,11 @@ class OpenSave:
 class Spool:
     """`_open` and `_entries` are the saves as the loop sees them; only the event loop touches them."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, max_per_user: int = 0) -> None:
+        """`max_per_user`: bytes that saves of one uid may take here, but root's and the daemon's own; 0 is no limit."""
         self._layout = layout
+        self._max_per_user = max_per_user
+        self._taken: dict[str, tuple[int, int]] = {}  # uid and bytes of every save that is open or kept; what only links costs nothing
         self._open: dict[str, OpenSave] = {}
         self._entries: dict[str, Entry] = {}
         self._changed = asyncio.Event()  # of this moment: set, and replaced, by every change
@@ -120,12 +124,28 @@ class Spool:
         folder, entry = self._layout.tmp / f"save-{name}", make(name)
         if sum(save.entry.uid == entry.uid for save in self._open.values()) >= MAX_OPEN:
             raise TooMany(f"uid {entry.uid} has {MAX_OPEN} saves open", "wait until one of them is complete")
+        self.require_quota(entry.uid, size)
         for each in (folder, folder / "files", folder / "packs"):
             each.mkdir(mode=0o700)
         alive = os.open(folder / "alive", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
         save = self._open[name] = OpenSave(folder, entry, size)
+        self._taken[name] = (entry.uid, size)
         return save, alive
+
+    def require_quota(self, uid: int, size: int) -> None:
+        """NoSpace unless another save of so many bytes is within what this uid may take."""
+        if not self._max_per_user or uid in (0, os.geteuid()):
+            return
+        taken = sum(taken for owner, taken in tuple(self._taken.values()) if owner == uid)  # threads take away
+        if taken + size > self._max_per_user:
+            raise NoSpace(
+                f"uid {uid} may have {gib(self._max_per_user)} of saves that are not in the store yet, and has {gib(taken)}; this one "
+                f"needs {gib(size)}",
+                "wait until earlier ones are there (modelcache flush), or have max_spool_per_user raised",
+                needed_bytes=size,
+                free_bytes=max(0, self._max_per_user - taken),
+            )
 
     def opened(self, name: str, uid: int) -> OpenSave:
         """The open save of that name, for the uid that opened it."""
@@ -146,16 +166,16 @@ class Spool:
     def forget(self, save: OpenSave) -> Callable[[], None]:
         """The save is no longer open; returns what is left to do if it is not going to be kept (blocks)."""
         self._open.pop(save.entry.id, None)
-        return lambda: self._discard(save.folder)
+        return lambda: self._discard(save)
 
     def close(self) -> None:
         """Drops what is still open (blocks)."""
         for save in tuple(self._open.values()):
             self.forget(save)()
 
-    def _discard(self, folder: Path) -> None:
+    def _discard(self, save: OpenSave) -> None:
         """Moves it away first: a copy that is still going on finds no folder to put more files into. What can't go now, goes at a start."""
-        discarded = self._layout.fresh("dropped")
+        folder, discarded = save.folder, self._layout.fresh("dropped")
         try:
             with contextlib.suppress(OSError):
                 durable.rename(folder, discarded)
@@ -164,6 +184,7 @@ class Spool:
             pass
         except OSError as error:
             log.warning("a save that is not kept can't be removed", extra={"folder": folder.name, "error": str(error)})
+        self._taken.pop(save.entry.id, None)
 
     # ---- kept saves, on disk: all of these block
 
@@ -195,6 +216,7 @@ class Spool:
                 log.error("a save can't be read and is set aside", extra={"save": name, "error": str(error)})
                 self._move_aside(name)
         self._entries = {entry.id: entry for entry in sorted(found, key=lambda entry: entry.created)}
+        self._taken = {entry.id: (entry.uid, entry.size) for entry in found}
 
     def _read(self, name: str) -> Entry:
         folder = self._layout.spool_entry(name)
@@ -274,6 +296,7 @@ class Spool:
 
     def forget_kept(self, entry: Entry) -> None:
         self._entries.pop(entry.id, None)
+        self._taken.pop(entry.id, None)
         self._announce()
 
     async def until(self, condition: Callable[[], bool]) -> None:

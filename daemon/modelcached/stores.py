@@ -5,18 +5,22 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 from .errors import InvalidRequest, StoreNotAllowed
+from .rates import Rate
 from .references import References
 from .store import Store, check_url, open_store
 from .tasks import Pool
 
 
 class Stores:
-    def __init__(self, default: str, others: tuple[str, ...], serves_any: bool, pool: Pool, daemon: str) -> None:
+    def __init__(
+        self, default: str, others: tuple[str, ...], serves_any: bool, pool: Pool, daemon: str, rate: Rate | None = None
+    ) -> None:
         self.default = check_url(default)
         self._allowed = (self.default, *map(check_url, others))
         self._serves_any = serves_any
         self._pool = pool
         self._daemon = daemon  # how an error names it
+        self._rate = rate or Rate()  # of all of them together
         self._open: dict[str, Store] = {}
 
     def named(self, url: str | None) -> str:
@@ -47,7 +51,7 @@ class Stores:
     async def open(self, url: str) -> Store:
         store = self._open.get(url)
         if store is None:
-            store = self._open[url] = open_store(url, self._pool)
+            store = self._open[url] = open_store(url, self._pool, rate=self._rate)
         return store
 
     async def references(self, url: str) -> References:

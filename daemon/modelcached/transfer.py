@@ -19,6 +19,7 @@ from yarl import URL
 from .errors import ContentMismatch, HubProblem
 from .hub import Hub, file_url, pause_asked, refusal, unavailable
 from .model import Commit, Repo
+from .rates import Rate
 from .spans import Again, Body, Budget, NoRanges, Span
 
 MAX_REDIRECTS = 5
@@ -42,8 +43,9 @@ class Source:
 
 
 class Transfer:
-    def __init__(self, hub: Hub, connections: int, stall_seconds: float) -> None:
+    def __init__(self, hub: Hub, connections: int, stall_seconds: float, rate: Rate | None = None) -> None:
         self.budget = Budget(connections)
+        self.rate = rate or Rate()
         self._hub = hub
         self._stall_seconds = stall_seconds  # no byte for so long breaks a connection
         self._session: aiohttp.ClientSession | None = None
@@ -58,6 +60,7 @@ class Transfer:
                     async for chunk in answer.content.iter_any():
                         data += chunk
                         report(len(chunk))
+                        await self.rate.passed(len(chunk))
                         if len(data) > size:
                             break
                     if len(data) < size:
@@ -156,7 +159,7 @@ class FileOrigin:
         async with self.transfer.answer(self.source, span) as answer:
             if span is not None:
                 self._check_span(answer, span)
-            yield _Chunks(answer)
+            yield _Chunks(answer, self.transfer.rate)
 
     async def after(self, again: Again, failures: int) -> None:
         await self.transfer.after(self.source, again, failures)
@@ -181,13 +184,15 @@ class FileOrigin:
 class _Chunks:
     """An answer's bytes as they came from the socket. aiohttp's own `readany` would copy all that waits into one piece."""
 
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, rate: Rate) -> None:
         self._content = answer.content
+        self._rate = rate
 
     async def readany(self) -> bytes:
         while True:
             chunk, is_boundary = await self._content.readchunk()
             if chunk or not is_boundary:
+                await self._rate.passed(len(chunk))
                 return chunk
 
 

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .blobs import Blobs
 from .depot import Depot
@@ -29,7 +29,8 @@ from .errors import (
     StoreMissingBucket,
     StoreUnavailable,
 )
-from .model import Digest, Tree, TreeId
+from .meter import Meter
+from .model import Caller, Digest, Tree, TreeId, is_owner
 from .references import blob_key, encode_pending, encode_reference, pending_key, reference_key
 from .spool import Entry, Spool
 from .store import Store
@@ -74,7 +75,8 @@ class Upload:
         self._announcing: dict[str, asyncio.Lock] = {}  # by store: who puts a pending record
         self._errors: dict[str, str] = {}  # the last one of every entry that had one
         self._known: set[str] = set()  # the store has been told of them, or is about to get them
-        self.damaged: dict[str, str] = {}  # keys of saves that were set aside since the daemon started, and why
+        self._damaged: dict[tuple[str, int], str] = {}  # keys and uids of saves that were set aside since the daemon started, and why
+        self._sending: dict[str, Meter] = {}
         self.sent_bytes = 0
         self.saves = 0
 
@@ -82,9 +84,15 @@ class Upload:
         """Saves of that uid that are not in the store yet, the oldest first."""
         return [entry for entry in self._spool.entries if entry.uid == uid]
 
-    def find(self, key: str, store: str) -> Entry | None:
-        """The save of that key that is on its way there."""
-        found = (entry for entry in self._spool.entries if (entry.key, entry.store) == (key, store))
+    def find(self, key: str, store: str, caller: Caller) -> Entry | None:
+        """The caller's newest save of that key that is on its way there. Others' are nobody's business but an owner's (I8)."""
+        found = [entry for entry in self._spool.entries if (entry.key, entry.store) == (key, store)]
+        mine = [entry for entry in found if entry.uid == caller.uid] or (found if is_owner(caller) else [])
+        return max(mine, key=lambda entry: entry.created, default=None)
+
+    def lost(self, key: str, caller: Caller) -> str | None:
+        """Why a save of this caller was set aside since the daemon started."""
+        found = (why for (named, uid), why in self._damaged.items() if named == key and (uid == caller.uid or is_owner(caller)))
         return next(found, None)
 
     def last_error(self, entries: list[Entry]) -> str:
@@ -98,6 +106,11 @@ class Upload:
         own = entries if uid is None else self.pending(uid)
         oldest = time.time() - min((entry.created for entry in entries), default=time.time())
         return Waiting(len(entries), sum(entry.size for entry in entries), max(0.0, oldest), self.sent_bytes, self.last_error(own))
+
+    def activities(self, uid: int | None) -> list[dict[str, Any]]:
+        """What is being sent now: that uid's saves, or with None all."""
+        entries = [entry for entry in self._spool.entries if entry.id in self._sending and uid in (None, entry.uid)]
+        return [self._sending[entry.id].activity(entry.key) for entry in entries]
 
     async def flushed(self, keys: set[str]) -> None:
         """Returns when none of these is pending any more."""
@@ -164,16 +177,26 @@ class Upload:
         except SaveDamaged as error:
             log.error("a save is set aside", extra={"save": entry.id, "key": entry.key, "error": str(error)})
             await self._pool.run(self._spool.set_aside, entry)
-            self.damaged[entry.key] = error.message
+            self._damaged[entry.key, entry.uid] = error.message
             self._forget(entry)
 
     async def _bring(self, entry: Entry) -> None:
         start = time.monotonic()
+        waited = max(0.0, time.time() - entry.created)
         store = await self._store_of(entry.store)
         name, tree = await self._tree_of(entry)
+        hashed = time.monotonic()
+
+        meter = self._sending[entry.id] = Meter()
+        meter.phase, meter.source = "upload", "store"
+        meter.start(sum({file.sha256: file.size for file in tree.files}.values()), len(tree.files), 0, 0)
+
+        def sent(count: int) -> None:
+            meter.receive(count, "store")
+            meter.done_bytes += count
 
         async def put_file(digest: Digest, path: Path, size: int) -> None:
-            await store.put_file(blob_key(digest), path, size, digest, resume=self._spool.sending(entry, digest))
+            await store.put_file(blob_key(digest), path, size, digest, sent, self._spool.sending(entry, digest))
             self.sent_bytes += size
 
         try:
@@ -185,6 +208,8 @@ class Upload:
             for digest in {file.sha256 for file in tree.files}:
                 await self._pool.run(self._blobs.check, digest)  # what lies is gone then, and made again from the spool if that can be
             raise
+        finally:
+            del self._sending[entry.id]
         await store.put(reference_key(entry.key), encode_reference(entry.reference, name))
         with contextlib.suppress(ModelcachedError):
             await store.delete(pending_key(entry.key))
@@ -196,7 +221,16 @@ class Upload:
         self.saves += 1
         log.info(
             "uploaded",
-            extra={"key": entry.key, "bytes": entry.size, "files": len(entry.files), "seconds": round(time.monotonic() - start, 3)},
+            extra={
+                "uid": entry.uid,
+                "key": entry.key,
+                "bytes": entry.size,
+                "files": len(entry.files),
+                "seconds": round(time.monotonic() - start, 3),
+                "waited_seconds": round(waited, 3),
+                "hash_seconds": round(hashed - start, 3),
+                "store_seconds": round(time.monotonic() - hashed, 3),
+            },
         )
 
     def _forget(self, entry: Entry) -> None:

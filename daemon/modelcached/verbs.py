@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from modelcache.protocol import ERROR_CODES, MAX_DESCRIPTORS, MAX_MESSAGE_BYTES
+from modelcache.codes import ERROR_CODES
+from modelcache.protocol import MAX_DESCRIPTORS, MAX_MESSAGE_BYTES
 
 from .errors import InvalidRequest, ModelcachedError
 from .frames import RequestId, close_all, encode

@@ -150,13 +150,17 @@ def _lines(said: Dict[str, Any]) -> List[Tuple[str, str]]:
         ("socket", said["socket"]),
         ("root", said["root"]),
         ("disk", "%s of %s free, %s stay free" % (size(disk["free_bytes"]), size(disk["size_bytes"]), size(disk["min_free_bytes"]))),
+        ("cache", _room(said["room"])),
         ("hub", said["endpoint"]),
         ("from hub", "%s in %s, %s" % (size(hub["bytes"]), count(hub["requests"], "request"), count(hub["pauses"], "pause"))),
         ("damaged", "%d from the hub, %d on disk (in quarantine)" % (hub["mismatches"], said["quarantined"])),
         ("fetches", "%d running, %d so far, %d joined another" % (fetches["running"], fetches["started"], fetches["joined"])),
         ("files", "%d being fetched, %d so far, %d joined another" % (flights["running"], flights["started"], flights["joined"])),
-        ("leases", str(said["leases"])),
+        ("handed out", "%s from disk, the store, the hub" % _tiers(fetches["tiers"])),
+        ("loaded", "%s from disk, the store" % _tiers(said["loads"])),
+        ("leases", "%d, and %s" % (said["leases"], count(said["room"]["pins"], "pin"))),
         ("clients", "%s, %s running" % (count(said["connections"], "connection"), count(said["requests"], "request"))),
+        ("limits", ", ".join("%s %s/s" % (name[:-5], size(rate)) for name, rate in said["rates"].items() if rate) or "none"),
         ("store", said["store"]),
         ("to store", "%s in %s so far" % (size(said["spool"]["sent_bytes"]), count(said["spool"]["sent_saves"], "save"))),
     ]
@@ -167,6 +171,16 @@ def _lines(said: Dict[str, Any]) -> List[Tuple[str, str]]:
 def _watch_line(watch: Dict[str, Any]) -> str:
     line = "%s as %s, by %s: %s captured" % (watch["directory"], watch["name"], watch["where"], count(watch["captured"], "checkpoint"))
     return line + ("; " + watch["last_error"] if watch["last_error"] else "")
+
+
+def _room(room: Dict[str, Any]) -> str:
+    most = size(room["max_size_bytes"]) if room["max_size_bytes"] else "all there is"
+    evicted = "%s evicted so far, %s" % (count(room["evictions"], "tree"), size(room["evicted_bytes"]))
+    return "%s of at most %s; %s; %s" % (size(room["used_bytes"]), most, evicted, count(room["refusals"], "refusal"))
+
+
+def _tiers(counts: Dict[str, int]) -> str:
+    return " + ".join(str(counts[tier]) for tier in ("disk", "store", "hub") if tier in counts)
 
 
 def _spool_lines(spool: Dict[str, Any]) -> List[Tuple[str, str]]:

@@ -23,10 +23,12 @@ from .errors import (
     RepositoryNotFoundError,
     TokenRefusedError,
 )
-from .protocol import PROTOCOL_VERSION, Fetch, HelloReply, List_
+from .protocol import PROTOCOL_VERSION, Fetch, HelloReply, List_, References
 
 FINE, NOTE, WRONG = "ok", "note", "wrong"
 _NO_SUCH_REPO = "modelcache-doctor/no-such-repo"
+_NO_SUCH_KEY = "mf.models/modelcache-doctor/no-such-key"
+_LATE_SECONDS = 600
 
 
 class Finding(NamedTuple):
@@ -68,7 +70,12 @@ def _examine(asked: argparse.Namespace, show: Show) -> Iterator[Finding]:
             return
         yield _daemon(hello)
         yield from _root(hello, connected)
+        yield _rights(hello, status)
+        yield from _features(status["features"], hello)
         yield _disk(status["disk"])
+        yield from _spool(status)
+        show.word("asking the store ...")
+        yield _store(connected, status)
         show.word("asking the hub ...")
         yield _hub(connected, hello, token)
 
@@ -136,6 +143,56 @@ def _disk(disk: Dict[str, Any]) -> Finding:
     if free <= keep:
         return Finding("disk", WRONG, what + ": no download can start", "remove repos (modelcache ls, modelcache rm), or lower min_free")
     return Finding("disk", FINE, what)
+
+
+def _rights(hello: HelloReply, status: Dict[str, Any]) -> Finding:
+    """What this user may do here; who may not even connect has been told so before."""
+    uid = os.geteuid()
+    if hello.private or uid in (0, status["uid"]):
+        return Finding("rights", FINE, "uid %d may do everything with this daemon" % uid)
+    what = "uid %d may fetch, save and load; only root and uid %d may remove, verify, evict and import"
+    return Finding("rights", FINE, what % (uid, status["uid"]))
+
+
+def _features(features: Dict[str, Any], hello: HelloReply) -> Iterator[Finding]:
+    kind = features["filesystem"]
+    if features["reflinks"]:
+        yield Finding("copies", FINE, "private copies and saves share their blocks on this %s" % kind)
+    else:
+        hint = "put the root on xfs (reflink=1) or btrfs where private copies and checkpoints are large"
+        yield Finding("copies", NOTE, "%s shares no blocks: private copies and saves take time and room" % kind, hint)
+    if features["acls"]:
+        yield Finding("privacy", FINE, "private repos are closed to all but those the hub accepts")
+    elif not hello.private:
+        hint = "mount it with ACLs (ext4, xfs, btrfs and tmpfs have them), or let users run private daemons"
+        yield Finding("privacy", NOTE, "%s keeps no ACLs: private repos are refused to all but root and the daemon's user" % kind, hint)
+
+
+def _spool(status: Dict[str, Any]) -> Iterator[Finding]:
+    spool, hanging = status["spool"], status["captures"]["hanging"]
+    waiting = "%d saves wait for the store, the oldest for %d s" % (spool["saves"], spool["oldest_seconds"])
+    if spool["corrupt"]:
+        hint = "look at them in %s/spool/corrupt, and at the disk they lay on" % status["root"]
+        yield Finding("spool", WRONG, "%d saves can't be read and were set aside" % len(spool["corrupt"]), hint)
+    elif spool["last_error"]:
+        yield Finding("spool", WRONG, "%s: %s" % (waiting, spool["last_error"]), "mend the store; it is tried again by itself")
+    elif spool["saves"] and spool["oldest_seconds"] > _LATE_SECONDS:
+        yield Finding("spool", NOTE, waiting, "a slow store, or a low store_rate; modelcache top shows how fast it goes")
+    else:
+        yield Finding("spool", FINE, waiting if spool["saves"] else "everything saved here is in its store")
+    if hanging:
+        hint = "look at the mounts that tasks save from: is their server there?"
+        yield Finding("captures", WRONG, "%d files that tasks save do not answer" % hanging, hint)
+
+
+def _store(connected: Client, status: Dict[str, Any]) -> Finding:
+    """Its clock too: an S3 server refuses what comes from another time."""
+    start = time.monotonic()
+    try:
+        connected.call("references", References(prefix=_NO_SUCH_KEY, limit=1))
+    except ModelcacheError as error:
+        return Finding("store", WRONG, error.message, error.hint or "look at the daemon's log, and at the store's address in its config")
+    return Finding("store", FINE, "%s answers in %.0f ms" % (status["store"], 1000 * (time.monotonic() - start)))
 
 
 def _hub(connected: Client, hello: HelloReply, token: Optional[str]) -> Finding:

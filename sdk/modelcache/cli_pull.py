@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Optional
 
-from . import cli_daemon, files, names, tokens, views
+from . import cli_daemon, cli_room, files, names, tokens, views
 from .cli_repos import Named, named
 from .cli_show import OK, Show, count, plain, printable, seconds, size
 from .client import Client, Fetched
@@ -26,6 +26,7 @@ def pull(asked: argparse.Namespace, show: Show) -> int:
         check_target(target)
     fetched = fetch(connected, wanted, request, show)
     reply = fetched.reply
+    cli_room.keep_for_a_day(connected, wanted, request, reply.tree)
     if target is not None:
         put(reply.path, reply.size_bytes, target, show)
     document = {**wanted._asdict(), "revision": request.revision, **plain(reply, *NOT_SHOWN)}

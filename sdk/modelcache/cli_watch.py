@@ -39,6 +39,8 @@ def watch(asked: argparse.Namespace, show: Show) -> int:
         resume=asked.resume,
         store=asked.store,
     )
+    if not asked.program:
+        signal.pthread_sigmask(signal.SIG_BLOCK, cli_run.PASSED_ON)  # from here on a signal is the way it ends well
     _say_begin(running, asked.resume, show)
     if asked.program:
         ended = cli_run.run(asked.program, dict(os.environ), running.descriptors())
@@ -88,8 +90,7 @@ def _say_begin(running: watching.Watching, is_resumed: bool, show: Show) -> None
 
 
 def _wait_for_signal() -> cli_run.Ended:
-    """Without a command: until somebody ends it, which is the way it ends well."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, cli_run.PASSED_ON)
+    """Without a command: until somebody ends it."""
     signal.sigwait(cli_run.ENDING)
     return cli_run.Ended(OK, True)
 

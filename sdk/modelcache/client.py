@@ -176,13 +176,13 @@ class Client:
                 return found
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, DaemonConnectionError) as error:
                 failure: OSError = error
+            except ModelcacheError:  # what a daemon said; its refusals are PermissionErrors too
+                raise
             except PermissionError as error:
                 raise DaemonNotAvailableError(
                     "uid %d may not use %s: %s" % (os.geteuid(), path, error.strerror or error),
                     "the socket's group may use it; ask for membership",
                 ) from error
-            except ModelcacheError:
-                raise
             except OSError as error:
                 raise unavailable("no daemon can be reached at %s: %s" % (path, error.strerror or error)) from error
             if may_launch and launches >= _MAX_LAUNCHES and not isinstance(failure, BlockingIOError):

@@ -178,9 +178,24 @@ class Connection:
                     # `extend(map())`: Ctrl-C can't come between the system call and its count, so the count is always right.
                     sent.extend(map(self._socket.sendmsg, [rest], [[] if sent else ancillary], [socket.MSG_NOSIGNAL]))
             except BaseException as error:
+                if isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                    self._hear_why()
                 if isinstance(error, OSError) or 0 < sum(sent) < len(line):
                     self._break_and_raise(error)
                 raise
+
+    def _hear_why(self) -> None:
+        """Raises what the daemon said before it hung up, while we were writing; somebody who reads already will hear it."""
+        with self._condition:
+            if self._reader or self._broken is not None:
+                return
+            self._reader = -1
+        try:
+            self._receive(time.monotonic())
+        finally:
+            with self._condition:
+                self._reader = 0
+                self._condition.notify_all()
 
     def _receive(self, deadline: Optional[float]) -> None:
         """Waits until something arrives and hands it out. One thread at a time."""

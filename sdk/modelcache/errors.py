@@ -321,7 +321,7 @@ def unavailable(message: str) -> DaemonNotAvailableError:
     return DaemonNotAvailableError(
         message,
         "one of these gives you a daemon: (1) pip install 'modelcached[daemon]' here (Python 3.11 or newer), and one is started for you; "
-        "(2) run the node's: systemctl enable --now modelcached; "
+        "(2) run the node's: modelcached install, then systemctl enable --now modelcached; "
         "(3) in a container, mount the node's socket and its cache (read-only), and set MODELCACHE_SOCKET to where the socket is",
     )
 

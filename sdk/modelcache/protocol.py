@@ -24,49 +24,6 @@ MAX_MESSAGE_BYTES = 1 << 20  # a line, its newline included; longer ones close t
 MAX_DESCRIPTORS = 64  # a message
 MAX_REQUESTS = 64  # running at the same time on one connection
 
-# The name of an error is what code asks for; the number is JSON-RPC's.
-ERROR_CODES: Dict[str, int] = {
-    "parse_error": -32700,
-    "invalid_request": -32600,
-    "method_not_found": -32601,
-    "invalid_params": -32602,
-    "internal": -32603,
-    "repo_not_found": -32001,
-    "revision_not_found": -32002,
-    "entry_not_found": -32003,
-    "gated_repo": -32004,
-    "local_entry_not_found": -32005,
-    "incomplete_snapshot": -32006,
-    "hub_unavailable": -32007,
-    "content_mismatch": -32008,
-    "unsafe_path": -32009,
-    "no_space": -32010,
-    "endpoint_not_allowed": -32011,
-    "unsupported_version": -32012,
-    "too_many": -32013,
-    "shutting_down": -32014,
-    "not_permitted": -32015,
-    "in_use": -32016,
-    "storage": -32017,
-    "token_refused": -32018,
-    "file_changed": -32019,
-    "reference_not_found": -32020,
-    "incompatible_reference": -32021,
-    "store_unavailable": -32022,
-    "store_denied": -32023,
-    "store_not_allowed": -32024,
-    "save_unknown": -32025,
-    "store_problem": -32040,
-    "store_missing_bucket": -32041,
-    "store_clock_skew": -32042,
-    "store_full": -32043,
-    "store_mismatch": -32044,
-    "store_slow": -32045,
-    "missing_object": -32046,
-    "object_exists": -32047,
-    "object_changed": -32048,
-}
-
 
 class Hello(NamedTuple):
     """First request of a connection: versions are exchanged before anything else."""
@@ -191,6 +148,49 @@ class VerifyReply(NamedTuple):
     size_bytes: int
     damaged: List[str]  # SHA-256 of blobs that lied: quarantined, fetched again when next asked for
     missing: List[str]  # SHA-256 of blobs that trees name and the disk has not
+
+
+class Pin(NamedTuple):
+    """Keeps a repo, or what was saved, on this node (method `pin`). Reply: "name", "what", "trees", "uid", "created", "expires"."""
+
+    repo_id: Optional[str] = None
+    repo_type: str = "model"
+    revision: Optional[str] = None  # None: all that is here
+    endpoint: Optional[str] = None
+    key: Optional[str] = None  # instead of a repo
+    store: Optional[str] = None
+    trees: List[str] = []  # only these of them
+    name: Optional[str] = None  # None: that of what is pinned; the same name again replaces the caller's pin
+    seconds: Optional[float] = None  # None: for ever
+
+
+class Pins(NamedTuple):
+    """The caller's pins, of owners all there are (method `pins`). Reply: {"pins": [as pin replies, ...]}."""
+
+
+class Unpin(NamedTuple):
+    """Removes a pin (method `unpin`). Reply: {}."""
+
+    name: str
+
+
+class Evict(NamedTuple):
+    """Frees room now (method `evict`). Owners only. Replies of this and of `explain` are described in docs/api.md."""
+
+    size_bytes: Optional[int] = None  # that the cache may have afterwards; None: what its low watermark allows
+    dry_run: bool = False
+
+
+class Explain(NamedTuple):
+    """Why something is on this node (method `explain`). Names a repo, a key, or a path in a view."""
+
+    repo_id: Optional[str] = None
+    repo_type: str = "model"
+    revision: Optional[str] = None
+    endpoint: Optional[str] = None
+    key: Optional[str] = None
+    store: Optional[str] = None
+    path: Optional[str] = None
 
 
 class Status(NamedTuple):

@@ -34,6 +34,7 @@ from modelcached.errors import (
     StoreUnavailable,
 )
 from modelcached.model import Digest
+from modelcached.rates import Rate
 from modelcached.spans import Again, Body, Origin, Span
 from modelcached.tasks import Pool
 
@@ -46,10 +47,11 @@ _Scanned = tuple[list[Object], list[str]]  # objects, and folders below
 
 
 class FileStore:
-    def __init__(self, root: Path, pool: Pool, limits: Limits) -> None:
+    def __init__(self, root: Path, pool: Pool, limits: Limits, rate: Rate | None = None) -> None:
         self._root = root
         self._pool = pool
         self._limits = limits
+        self._rate = rate or Rate()
         self._temporary = root / OWN_FOLDER / "tmp"
         self._locks = root / OWN_FOLDER / "locks"
 
@@ -109,6 +111,7 @@ class FileStore:
             async with opened(self._pool, file) as source:
                 for position in range(0, size_bytes, COPY_BYTES):
                     length = min(COPY_BYTES, size_bytes - position)
+                    await self._rate.passed(length)
                     await self._pool.run(self._copy, key, source, position, length, temporary, digest.update)
                     report(length)
             check_digest(key, digest.hexdigest(), sha256)
@@ -336,6 +339,7 @@ class _Reader:
                 return os.pread(self._handle, min(READ_BYTES, self._end - self._position), self._position)
 
         chunk = await self._store._pool.run(read)
+        await self._store._rate.passed(len(chunk))
         self._position += len(chunk)
         return chunk
 

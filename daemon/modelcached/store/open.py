@@ -8,6 +8,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from modelcached.download import Limits
 from modelcached.errors import InvalidRequest
+from modelcached.rates import Rate
 from modelcached.tasks import Pool
 
 from .contract import Store, check_key
@@ -19,19 +20,21 @@ STALL_SECONDS = 60.0
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
-def open_store(url: str, pool: Pool, limits: Limits = LIMITS, stall_seconds: float = STALL_SECONDS) -> Store:
+def open_store(
+    url: str, pool: Pool, limits: Limits = LIMITS, stall_seconds: float = STALL_SECONDS, rate: Rate | None = None
+) -> Store:
     """The store of that URL. Nothing is asked yet, and for S3 nothing imported: that happens at the first use.
 
-    No byte for `stall_seconds` breaks a connection.
+    No byte for `stall_seconds` breaks a connection. `rate` counts the bytes of objects, in both directions.
     """
     scheme, place, path = _parse(url)
     if scheme == "file":
         from .file import FileStore
 
-        return FileStore(Path(path), pool, limits)
+        return FileStore(Path(path), pool, limits, rate or Rate())
     from .s3 import S3Store
 
-    return S3Store(place, path, pool, limits, stall_seconds)
+    return S3Store(place, path, pool, limits, stall_seconds, rate or Rate())
 
 
 def check_url(url: str) -> str:

@@ -29,6 +29,7 @@ from modelcached.errors import (
     StoreUnavailable,
 )
 from modelcached.model import Digest
+from modelcached.rates import Rate
 from modelcached.spans import Again, Body, Budget, Origin, Span
 from modelcached.tasks import Pool
 
@@ -43,12 +44,13 @@ CONFLICTS = 8  # "somebody else is writing this key" answers until it counts as 
 
 
 class S3Store:
-    def __init__(self, bucket: str, prefix: str, pool: Pool, limits: Limits, stall_seconds: float) -> None:
+    def __init__(self, bucket: str, prefix: str, pool: Pool, limits: Limits, stall_seconds: float, rate: Rate) -> None:
         self.url = f"s3://{bucket}/{quote(prefix)}".rstrip("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._pool = pool
         self._limits = limits
         self._stall_seconds = stall_seconds
+        self._rate = rate
         self._client = Client(bucket, self.url, pool, limits.connections, stall_seconds)
         self._budget = Budget(limits.connections)
         self._bucket_is_there = False
@@ -118,6 +120,7 @@ class S3Store:
             size_bytes,
             sha256,
             report,
+            self._rate,
         )
         confirmed = await upload.run(file, resume)
         found = await self.head(key)
@@ -189,7 +192,7 @@ class S3Store:
                 with broken_connections():
                     if span is not None:
                         self._check_span(key, span, answer)
-                    yield stream.content, answer["ContentLength"]
+                    yield _Paced(stream.content, self._rate), answer["ContentLength"]
             finally:
                 stream.close()  # a connection that has nothing more to say is in the pool again by then
 
@@ -213,6 +216,7 @@ class S3Store:
 
     async def _put(self, key: str, data: bytes, **conditions: str) -> Object:
         """One PUT, confirmed."""
+        await self._rate.passed(len(data))
         checksum = b64encode((await self._pool.run(hashlib.sha256, data)).digest()).decode()
         for attempt in range(1, CONFLICTS + 1):
             try:
@@ -294,6 +298,19 @@ class S3Store:
 
 def _other_bytes(url: str, key: str) -> StoreMismatch:
     return StoreMismatch(f"{url} took other bytes for {key} than it was given", "look for a proxy that alters them", key=key)
+
+
+class _Paced:
+    """An answer's bytes, no faster than the node's rate."""
+
+    def __init__(self, body: Body, rate: Rate) -> None:
+        self._body = body
+        self._rate = rate
+
+    async def readany(self) -> bytes:
+        chunk = await self._body.readany()
+        await self._rate.passed(len(chunk))
+        return chunk
 
 
 class _Origin:

@@ -25,6 +25,7 @@ from aiohttp.payload import Payload
 from modelcached import durable
 from modelcached.errors import ModelcachedError, StoreClockSkew, StoreDenied, StoreProblem, StoreSlow, StoreUnavailable
 from modelcached.model import Digest
+from modelcached.rates import Rate
 from modelcached.spans import Budget
 from modelcached.tasks import Pool
 
@@ -83,6 +84,7 @@ class Upload:
         size: int,
         sha256: Digest,
         report: Report,
+        rate: Rate,
     ) -> None:
         self._client = client
         self._pool = pool
@@ -93,6 +95,7 @@ class Upload:
         self._size = size
         self._sha256 = sha256
         self._report = report
+        self._rate = rate
         self._sent: dict[int, dict[str, Any]] = {}  # by part number, what completes the upload; only the event loop touches it
         self._is_confirmed = True  # the server has proved, for everything so far, that it got our bytes
 
@@ -200,7 +203,7 @@ class Upload:
         for attempt in range(1, STALLS + 1):
             with suppress(TimeoutError):
                 async with self._budget.connection(), asyncio.timeout(None) as patience:
-                    body = _FileSpan(self._pool, handle, start, length, patience, self._stall_seconds)
+                    body = _FileSpan(self._pool, handle, start, length, patience, self._stall_seconds, self._rate)
                     return await self._client.call(
                         operation, self._name, Key=self._name, Body=body if length else b"", ContentLength=length, **parameters
                     )
@@ -247,7 +250,9 @@ class _FileSpan(Payload):
     aiohttp's own timeouts count.
     """
 
-    def __init__(self, pool: Pool, handle: int, start: int, length: int, patience: asyncio.Timeout, stall_seconds: float) -> None:
+    def __init__(
+        self, pool: Pool, handle: int, start: int, length: int, patience: asyncio.Timeout, stall_seconds: float, rate: Rate
+    ) -> None:
         super().__init__(None, content_type="application/octet-stream")
         self._size = length
         self._pool = pool
@@ -255,6 +260,7 @@ class _FileSpan(Payload):
         self._start = start
         self._patience = patience
         self._stall_seconds = stall_seconds
+        self._rate = rate
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         await self.write_with_length(writer, None)
@@ -267,6 +273,9 @@ class _FileSpan(Payload):
             while position < end:
                 self._wait_until(loop.time() + self._stall_seconds)
                 chunk = await self._pool.run(read, self._handle, min(SLICE_BYTES, end - position), position)
+                self._wait_until(None)
+                await self._rate.passed(len(chunk))
+                self._wait_until(loop.time() + self._stall_seconds)
                 await writer.write(chunk)
                 position += len(chunk)
         finally:
