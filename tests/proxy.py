@@ -44,6 +44,7 @@ class Proxy:
         self._changed = threading.Condition()
         self._counted = {"server": 0, "client": 0}
         self.connections = 0  # ever
+        self.resets = 0  # connections that were cut
         self._cuts: list[_Cut] = []
         self._delay = 0.0
         self._hold_at = b""
@@ -235,6 +236,7 @@ class Proxy:
                 if cut.left <= 0:
                     passed = max(0, len(piece) + cut.left)
                     cut.left, cut.times = cut.every, cut.times - 1
+                    self.resets += 1
                     if not cut.times:
                         self._cuts.remove(cut)
                     return passed, cut

@@ -177,16 +177,21 @@ def test_the_end_of_a_process_does_not_wait_for_a_nodes_daemon(out: Path, name: 
     until(lambda: steps(name) == [10])
 
 
-def test_signals_stay_the_programs(out: Path, name: str) -> None:
+WAITS_FOR_A_SIGNAL = """
+import os, signal, sys
+import modelcache
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+with modelcache.watch(sys.argv[1], sys.argv[2], flush_seconds=1):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.sigtimedwait([signal.SIGUSR1], 5) is not None
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask | {signal.SIGUSR1}
+"""
+
+
+def test_signals_stay_the_programs(out: Path, name: str, daemon: Daemon) -> None:
     """No thread of ours takes one that the program blocks to wait for it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    try:
-        with modelcache.watch(out, name, flush_seconds=1):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert signal.sigtimedwait([signal.SIGUSR1], 5) is not None
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask | {signal.SIGUSR1}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with program(WAITS_FOR_A_SIGNAL, daemon.socket, str(out), name) as process:
+        assert process.wait(30) == 0
 
 
 def test_what_is_not_in_the_store_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

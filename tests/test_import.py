@@ -1,0 +1,149 @@
+"""`modelcache import`: what the real huggingface_hub left in its cache comes over, checked, without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .clients import Client, hashes
+from .daemon import Daemon, clean_environment
+from .hub import Hub, Random
+from .kernel import require_root
+from .saves import Tree
+
+MIB = 1 << 20
+FILES: Tree = {
+    "config.json": b"{}",
+    "sub dir/tokenizer ä.json": b"[1]",
+    "model.safetensors": Random(1, 2 * MIB),
+    "copy.safetensors": Random(1, 2 * MIB),
+}
+DOWNLOAD = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:] or None))"
+
+
+def downloaded(hub: Hub, cache: Path, repo: str, *patterns: str, token: str = "") -> Path:
+    """By huggingface_hub itself."""
+    environment = clean_environment(HF_HUB_CACHE=str(cache), HF_ENDPOINT=hub.endpoint, HF_HUB_DISABLE_XET="1", HF_TOKEN=token)
+    done = subprocess.run([sys.executable, "-c", DOWNLOAD, repo, *patterns], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def imported(daemon: Daemon, cache: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "modelcache", "import", "--json", *words]
+    environment = {**daemon.environment, "HF_HUB_CACHE": str(cache)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.returncode == code, done.stderr
+    return {each["what"]: each for each in json.loads(done.stdout)["imported"]}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hf"
+
+
+def test_a_cache_comes_over_without_the_network(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    commit = hub.commit("org/model", FILES)
+    downloaded(hub, cache, "org/model")
+    with Daemon.start(tmp_path / "root") as daemon, Client.of(daemon) as task:  # its hub is down
+        assert task.refused("fetch", repo_id="org/model", local_files_only=True).error
+        (said,) = imported(daemon, cache, "--public").values()
+        assert (said["files"], said["taken"], said["damaged"], said["missing"]) == (4, 3, [], [])
+        for asked in ({"revision": commit}, {}, {"allow_patterns": ["*.json"]}):
+            outcome = task.call("snapshot_download", repo_id="org/model", local_files_only=True, hashes=True, **asked)
+            right = hashes({path: content for path, content in FILES.items() if "allow_patterns" not in asked or path.endswith(".json")})
+            assert outcome.error is None and outcome.files == right, (asked, outcome)
+        again = imported(daemon, cache, "--public")
+        assert [each["taken"] for each in again.values()] == [0], "what is here is not taken twice"
+    assert sorted(path.name for path in (cache / "models--org--model" / "blobs").iterdir()), "the other cache keeps what it has"
+
+
+def test_what_came_over_is_not_asked_of_the_hub_again(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    hub.commit("org/again", FILES)
+    downloaded(hub, cache, "org/again")
+    with Daemon.start(tmp_path / "root", hub, fresh_seconds=0) as daemon, Client.of(daemon) as task:
+        imported(daemon, cache)
+        hub.reset_log()
+        reply = task.fetch("org/again")
+        assert reply["hub_bytes"] == hub.bytes_sent() == 0
+        assert reply["files"] == 4 and not reply["private"]
+
+
+def test_some_files_of_a_commit_are_not_taken_for_all(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    hub.commit("org/part", FILES)
+    downloaded(hub, cache, "org/part", "*.json")
+    for listing in cache.rglob("trees/*.json"):
+        listing.unlink()  # as older versions of huggingface_hub leave it
+    with Daemon.start(tmp_path / "root", hub, fresh_seconds=0) as daemon, Client.of(daemon) as task:
+        (said,) = imported(daemon, cache, "--public").values()
+        assert (said["files"], said["state"]) == (2, "as it was")
+        outcome = task.call("snapshot_download", repo_id="org/part", local_files_only=True, hashes=True)
+        assert outcome.files == hashes({path: content for path, content in FILES.items() if path.endswith(".json")})
+        outcome = task.call("snapshot_download", repo_id="org/part", hashes=True)
+        assert outcome.files == hashes(FILES), "the hub can be asked, and knows better"
+
+
+def test_bytes_that_are_not_what_their_name_says_stay_away(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    hub.commit("org/bad", FILES)
+    downloaded(hub, cache, "org/bad")
+    sha256 = hashlib.sha256(bytes(Random(1, 2 * MIB))).hexdigest()
+    blob = cache / "models--org--bad" / "blobs" / sha256
+    blob.write_bytes(bytes(2 * MIB))
+    with Daemon.start(tmp_path / "root", hub, fresh_seconds=0) as daemon, Client.of(daemon) as task:
+        (said,) = imported(daemon, cache, code=8).values()
+        assert said["damaged"] == [str(blob)] and sorted(said["missing"]) == ["copy.safetensors", "model.safetensors"]
+        outcome = task.call("snapshot_download", repo_id="org/bad", hashes=True)
+        assert outcome.files == hashes(FILES)
+
+
+def test_what_nobody_called_public_needs_a_hub_that_says_so(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    commit = hub.commit("org/closed", FILES)
+    downloaded(hub, cache, "org/closed")
+    with Daemon.start(tmp_path / "root") as daemon, Client.of(daemon) as task:
+        imported(daemon, cache)
+        assert task.refused("fetch", repo_id="org/closed", revision=commit, local_files_only=True).error
+
+
+def test_only_owners_import(shared_tmp_path: Path, hub: Hub) -> None:
+    require_root()
+    hub.commit("org/model", FILES)
+    cache = shared_tmp_path / "hf"
+    downloaded(hub, cache, "org/model")
+    with Daemon.start(shared_tmp_path / "root", hub, uid=4242) as daemon:
+        command = ["setpriv", "--reuid=4243", "--regid=4243", "--clear-groups", sys.executable, "-m", "modelcache", "import", str(cache)]
+        done = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, cwd="/", timeout=60)
+        assert done.returncode == 4 and "uid 4243 may not import" in done.stderr, done.stderr
+
+
+def test_a_file_of_the_daemons_own_is_not_copied(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    """A second name, or shared blocks: either way the disk does not hold it twice."""
+    hub.commit("org/link", {"model.safetensors": Random(5, 2 * MIB)})
+    downloaded(hub, cache, "org/link")
+    (blob,) = (path for path in cache.rglob("blobs/*") if path.stat().st_size == 2 * MIB)
+    with Daemon.start(tmp_path / "root") as daemon:
+        imported(daemon, cache, "--public")
+        ours = tmp_path / "root" / "blobs" / "sha256" / blob.name[:2] / blob.name
+        is_linked = os.path.samefile(blob, ours)
+        assert is_linked or tmp_path.stat().st_dev != blob.stat().st_dev or _can_reflink(tmp_path)
+
+
+def _can_reflink(folder: Path) -> bool:
+    (folder / "one").write_bytes(b"x" * 4096)
+    return subprocess.run(["cp", "--reflink=always", "one", "two"], cwd=folder, capture_output=True).returncode == 0
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with Daemon.start(tmp_path / "root") as daemon:
+        command = [sys.executable, "-m", "modelcache", "import", str(tmp_path / "none")]
+        done = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 2 and "hint:" in done.stderr
+        (tmp_path / "empty").mkdir()
+        done = subprocess.run([*command[:-1], str(tmp_path / "empty")], env=daemon.environment, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 3
