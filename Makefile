@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Debian packages that tests need beside Python; installed by root only, and only when missing.
-DEBIAN_PACKAGES := acl debootstrap e2fsprogs fuse3 mount openssl strace systemd systemd-container xfsprogs
+DEBIAN_PACKAGES := acl btrfs-progs debootstrap e2fsprogs fuse3 mount openssl strace systemd systemd-container xfsprogs
 # For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
 PYTEST_ARGS ?=
 # Most tests wait for processes and disks more than they compute. A file's tests stay together: they share servers. Their folders have

@@ -15,11 +15,12 @@ import pytest
 from modelcached.download import MIN_RANGE_BYTES, Download, Limits, Sink
 from modelcached.errors import ContentMismatch, HubUnavailable
 from modelcached.hub import Hub as HubClient
+from modelcached.hub import Source
 from modelcached.model import Commit, Content, Repo
 from modelcached.partials import Partial
 from modelcached.spans import Span
 from modelcached.tasks import Pool
-from modelcached.transfer import FileOrigin, Source, Transfer
+from modelcached.transfer import FileOrigin, Transfer
 
 from .hub import Hub, Random
 from .kernel import small_tmpfs

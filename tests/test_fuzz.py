@@ -240,13 +240,15 @@ class Watch:
     def settled(self) -> tuple[int, int]:
         """Descriptors and RSS in bytes, when everybody has gone."""
 
-        def is_quiet() -> bool:
-            status = self._daemon.status()
-            return bool(status["connections"] == 1 and status["requests"] == 1 and status["spool"]["saves"] == 0)
+        with Client(self._daemon.socket) as client:
 
-        until(is_quiet)
-        rss = int(Path(f"/proc/{self._daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return len(os.listdir(f"/proc/{self._daemon.pid}/fd")), rss
+            def is_quiet() -> bool:
+                status = client.call("status")["result"]
+                return bool(status["connections"] == 1 and status["requests"] == 1 and status["spool"]["saves"] == 0)
+
+            until(is_quiet)
+            rss = int(Path(f"/proc/{self._daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            return len(os.listdir(f"/proc/{self._daemon.pid}/fd")), rss
 
 
 def fuzz(folder: Path, warm_up: int, messages: int) -> None:

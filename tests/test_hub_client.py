@@ -21,8 +21,9 @@ from modelcached.errors import (
     TokenRefused,
     UnsafePath,
 )
-from modelcached.hub import MAX_BACKOFF_SECONDS, MAX_PAUSE_SECONDS, Pauses, file_url, matching, pause_asked
+from modelcached.hub import MAX_BACKOFF_SECONDS, MAX_PAUSE_SECONDS, Pauses
 from modelcached.hub import Hub as HubClient
+from modelcached.hubapi import file_url, matching, pause_asked
 from modelcached.model import Commit, Repo
 
 from .hub import Hub, Random, many_path, token_mark

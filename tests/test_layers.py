@@ -40,7 +40,9 @@ places stores records claims
 root features references legacy gc_claim room tenants leftovers
 blobs trees repos spool leases pins
 transfer store capture
+answers
 hub
+hubapi
 download
 partials tars first_start holds usage
 singleflight tasks lanes spans packs durable acl filesystems frames install listen notify logs recent hubtoken meter latencies rates policy
@@ -56,9 +58,9 @@ ROW = {name: number for number, row in enumerate(reversed(ROWS.split("\n"))) for
 DAEMON_CLIENTS = {
     "aiobotocore": {"store"},
     "botocore": {"store"},
-    "aiohttp": {"hub", "transfer", "store", "metrics"},
-    "yarl": {"hub", "transfer"},  # aiohttp's URLs
-    "huggingface_hub": {"hub"},
+    "aiohttp": {"answers", "transfer", "store", "metrics"},  # `transfer` names its types only
+    "yarl": {"answers"},  # aiohttp's URLs
+    "huggingface_hub": {"hub", "hubapi"},  # `hub` names its types only
     "aiofiles": {"*"},
     "msgspec": {"*"},
     "prometheus_client": {"metrics"},

@@ -21,10 +21,11 @@ from modelcached.errors import (
     TokenRefused,
 )
 from modelcached.hub import Hub as HubClient
-from modelcached.hub import file_url
+from modelcached.hub import Source
+from modelcached.hubapi import file_url
 from modelcached.model import Commit, Repo
 from modelcached.spans import Budget
-from modelcached.transfer import Source, Transfer
+from modelcached.transfer import Transfer
 
 from .hub import Hub, Random, token_mark
 from .peers import Answer, Proxy, answering, behind_tls, make_certificate, reply

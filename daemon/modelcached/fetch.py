@@ -20,7 +20,7 @@ from .blobs import Blobs
 from .errors import ModelcachedError, disk_errors
 from .flights import BlobFlights
 from .holds import Hand, Holds
-from .hub import Hub
+from .hub import Hub, Source
 from .layout import Layout
 from .lookup import Lookup, Warn
 from .meter import TICK_SECONDS, Meter, Report, Spent, ticking
@@ -33,7 +33,7 @@ from .selection import Ask, Selection, incomplete, selected
 from .sharing import Brought, Sharing, is_small
 from .singleflight import Flight, Flights
 from .tasks import Pool, each
-from .transfer import Source, Transfer
+from .transfer import Transfer
 from .trees import Trees
 
 WORKERS = 192  # files of one assembly under way: connections are bounded elsewhere, and a batch to publish is made of these

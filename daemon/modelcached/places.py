@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .hub import Source
 from .model import Digest, Repo
 from .references import blob_key
 from .spans import Origin, Span
 from .store import Store
-from .transfer import FileOrigin, Source, Transfer
+from .transfer import FileOrigin, Transfer
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import partial
 
 from .errors import ModelcachedError
 from .flights import BlobFlights, Place
+from .hub import Source
 from .meter import Meter
 from .model import Commit, Content, Digest, ListedFile, Repo
 from .places import HubPlace, StorePlace
@@ -19,7 +20,7 @@ from .repos import Repos
 from .room import Room
 from .store import Store
 from .tasks import Pool
-from .transfer import Source, Transfer
+from .transfer import Transfer
 from .trees import Trees
 
 log = logging.getLogger(__name__)

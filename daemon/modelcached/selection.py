@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .errors import EntryNotFound, IncompleteSnapshot
-from .hub import matching
 from .model import Commit, ListedFile, Repo
 
 
@@ -46,6 +45,8 @@ def selected(selection: Selection, files: Sequence[ListedFile]) -> list[ListedFi
         return chosen
     if selection.allow is None and selection.ignore is None:
         return list(files)
+    from .hubapi import matching
+
     allow, ignore = (None if patterns is None else list(patterns) for patterns in (selection.allow, selection.ignore))
     wanted = set(matching([file.path for file in files], allow, ignore))
     return [file for file in files if file.path in wanted]
