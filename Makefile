@@ -12,9 +12,9 @@ INSTALLED := $(VENV)/installed
 DEBIAN_PACKAGES := acl btrfs-progs debootstrap e2fsprogs fuse3 mount openssl strace systemd systemd-container xfsprogs
 # For one run: make test PYTEST_ARGS="-x tests/test_blobs.py"
 PYTEST_ARGS ?=
-# Most tests wait for processes and disks more than they compute. A file's tests stay together: they share servers. Their folders have
-# short names, for a socket's path has to be short, and stay when a test fails.
-WORKERS ?= 2
+# Most tests wait for processes and disks more than they compute: more of them at a time than a small machine has cores. A file's tests
+# stay together: they share servers. Their folders have short names, for a socket's path has to be short, and stay when a test fails.
+WORKERS ?= 3
 # $(call pytest,OPTIONS)
 pytest = folder=$$(mktemp -d -t mc-XXXXXX); $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --basetemp=$$folder $(1) $(PYTEST_ARGS) && rm -rf $$folder
 export PYTHON

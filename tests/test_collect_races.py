@@ -201,7 +201,7 @@ def test_a_delete_that_was_sent_before(fleet: Fleet, kind: type[Daemon]) -> None
         assert fleet.contents() == {key_of("new"): hashes(NEW)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(90)
 def test_a_delete_that_is_not_answered(fleet: Fleet) -> None:
     """Nobody knows when it will come: saves and collections wait until it is certain that it has."""

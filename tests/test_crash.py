@@ -174,6 +174,7 @@ def test_six_kills(hub: Hub, tmp_path: Path) -> None:
     crash(hub, tmp_path / "root", kills=6, at_least=1, file_bytes=24 * MIB)
 
 
+@pytest.mark.soak
 def test_kills_of_a_daemon_that_is_not_root(hub: Hub, shared_tmp_path: Path) -> None:
     """What is read-only for root can still be written by it; for others a file that was sealed when the kill came has to be opened up."""
     as_uid(DAEMON_UID)  # or skip

@@ -139,7 +139,9 @@ def counted(wire: Wire) -> dict[str, Any]:
 def test_above_the_high_watermark_what_was_used_first_goes(tmp_path: Path, repos: Hub) -> None:
     config: dict[str, Any] = {"max_size": "12MiB", "high_watermark": "99%", "low_watermark": "70%"}
     with Daemon.start(tmp_path / "root", repos, min_free="0", grace="0", **config) as daemon, wired(daemon.socket) as wire:
-        fetched(daemon, "one", "two")
+        fetched(daemon, "one")
+        assert here(wire) == {"one"}  # and its lease was seen to have ended, before that of the next one
+        fetched(daemon, "two")
         counted(wire)
         assert here(wire) == {"one", "two"}
         fetched(daemon, "half")  # asks for its room, for there is none

@@ -279,7 +279,7 @@ def memory(daemon: Daemon) -> dict[str, int]:
     return {name: int(lines[name].split()[0]) >> 10 for name in ("VmHWM", "VmRSS", "RssAnon")}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_thousand_files(hub: Hub, daemon: Daemon, task: Client) -> None:
     hub.commit_many("org/many", 10_000)
     reply = task.fetch("org/many", timeout=150)

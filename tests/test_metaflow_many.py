@@ -13,6 +13,7 @@ from .metaflow_runs import Runs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+@pytest.mark.soak
 def test_each_finds_its_own(tmp_path: Path) -> None:
     with Hub.start(tmp_path / "hub") as hub, Daemon.start(tmp_path / "root", hub) as daemon:
         weights = b"w" * (1 << 20)

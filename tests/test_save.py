@@ -96,7 +96,7 @@ def shape(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("storage_format", "many"), [("files", 5000), ("tar", 500)])
+@pytest.mark.parametrize(("storage_format", "many"), [("files", 500), ("tar", 500), pytest.param("files", 5000, marks=pytest.mark.soak)])
 def test_everything_of_another_uid(shared_tmp_path: Path, storage_format: str, many: int) -> None:
     as_uid(DAEMON_UID)  # or skip
     source = shared_tmp_path / "out"

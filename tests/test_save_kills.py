@@ -246,7 +246,7 @@ def test_five_kills(tmp_path: Path) -> None:
     kill_and_check(tmp_path, FolderStore(tmp_path / "store"), 5, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_five_kills_before_s3(tmp_path: Path, bucket: BucketStore) -> None:
     kill_and_check(tmp_path, bucket, 5, 1)

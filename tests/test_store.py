@@ -268,7 +268,7 @@ async def test_list_by_prefix(store: Store) -> None:
         await keys(store, "../")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(60)
 async def test_list_of_many(store: Store) -> None:
     every = {f"many/{number:04}" for number in range(1010)}  # S3 pages after 1,000

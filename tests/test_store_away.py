@@ -70,7 +70,7 @@ def be_away(seaweed: SeaweedFS, proxy: Proxy, root: Path, ways: list[Callable[[P
     assert contents(*in_bucket(seaweed, url)) == {key: hashes(tree) for key, tree in saved.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_the_store_is_away_for_a_moment(tmp_path: Path, seaweed: SeaweedFS, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
