@@ -90,6 +90,7 @@ MISSING: dict[str, dict[str, bytes | None]] = {
     },
     "megatron": {"latest_checkpointed_iteration.txt": b"100"},
     "megatron-dist": {"latest_checkpointed_iteration.txt": b"", "iter_0000100/metadata.json": None},
+    "orbax": {"ckpt/12/_CHECKPOINT_METADATA": plain({"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": None})},
     "lerobot": {"checkpoints/000300/training_state/training_step.json": None},
     "dlrover": {"dlrover_latest.txt": b"8", "9/rank_0.pt": None},
     "lightning": {"checkpoints/epoch=0-step=30.ckpt": archive()[:-20]},

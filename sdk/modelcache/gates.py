@@ -80,6 +80,11 @@ def _contradiction(folder: int, unit: Unit) -> str:
         state = _json_in(folder, unit, name)
         if not isinstance(state, dict) or state.get(field) != unit.step:
             return "%s does not say %s %d" % (name, field, unit.step)
+    if rule.ended_in:
+        name, _, field = rule.ended_in.partition(":")
+        state = _json_in(folder, unit, name)
+        if isinstance(state, dict) and state.get(field, True) is None:
+            return "%s has no %s yet" % (name, field)
     if rule.tracker:
         above, name = unit.path.rpartition("/")[0], rule.tracker
         tracked = layouts.tracked_step(_text(folder, joined(above, name)))

@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     pairs: Tuple[str, ...] = ()  # "glob:glob": where the first is there, the second has to be
     counted: Tuple[str, ...] = ()  # regular expressions of paths whose first group is a rank: 0, 1, ... without a gap
     step_in: str = ""  # "trainer_state.json:global_step": a number in a JSON file that has to be the step of the name
+    ended_in: str = ""  # "_CHECKPOINT_METADATA:commit_timestamp_nsecs": a value in a JSON file that is null until the end
     tracker: str = ""  # a file beside the unit that names the newest one: the unit's step or a later one
     tracker_text: str = ""  # what the tracker says of this unit: "{name}" or "{step}"
     settle: float = 5.0  # seconds without a change
@@ -109,8 +110,14 @@ RULES: Tuple[Rule, ...] = (
         tracker_text="{name}",
         settle=10.0,
     ),
-    # Orbax renames the folder when it is whole; on filesystems where it can't, a file says so.
-    Rule("orbax", r"(?:.*?[-_])?(\d+)", marks=("_CHECKPOINT_METADATA",), settle=2.0),
+    # Orbax renames the folder when it is whole; on filesystems where it can't, its metadata says so.
+    Rule(
+        "orbax",
+        r"(?:.*?[-_])?(\d+)",
+        marks=("_CHECKPOINT_METADATA",),
+        ended_in="_CHECKPOINT_METADATA:commit_timestamp_nsecs",
+        settle=2.0,
+    ),
     Rule("torchsnapshot", _NUMBERED, marks=(".snapshot_metadata",), settle=2.0),
     Rule("lerobot", r"(\d+)", marks=("pretrained_model/*",), needs=("training_state/*",)),
     Rule(
