@@ -60,6 +60,15 @@ WHOLE: dict[str, tuple[str, int | None, Files]] = {
             for name in ("meta.pt", ".metadata", "__0_0.distcp")
         },
     ),
+    "lightning-deepspeed": (
+        "epoch=1-step=20.ckpt",
+        20,
+        {
+            "epoch=1-step=20.ckpt/latest": b"checkpoint",
+            "epoch=1-step=20.ckpt/checkpoint/mp_rank_00_model_states.pt": archive(),
+            "epoch=1-step=20.ckpt/checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt": archive(),
+        },
+    ),
     "dcp": ("step-500", 500, {f"step-500/{name}": b"x" for name in (".metadata", "__0_0.distcp", "__1_0.distcp")}),
     "deepspeed": (
         "global_step40",

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import pytest
 from . import trainer
 from .conftest import ROOT
 from .daemon import IMPORT_PATH, Daemon, clean_environment
+from .fake_keeper import FakeKeeper
 from .saves import fill, until
 from .test_cli import DEADLINE_SECONDS, run, started
+from .test_watching import ends, serve, with_a_helper
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
 
@@ -31,13 +34,12 @@ END = f"ended 30 {trainer.weights_after(30).hex()}\n"
 class World:
     """A node; `name` is of the test's own checkpoints."""
 
-    def __init__(self, daemon: Daemon, folder: Path, name: str) -> None:
-        self.daemon = daemon
+    def __init__(self, daemon: Daemon | FakeKeeper, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
         self.out = folder / "out"
-        path = os.pathsep.join([IMPORT_PATH, str(ROOT)])
-        self.environment = clean_environment(HOME=str(folder), MODELCACHE_SOCKET=daemon.socket, PYTHONPATH=path)
+        path, socket = os.pathsep.join([IMPORT_PATH, str(ROOT)]), str(daemon.socket if isinstance(daemon, Daemon) else daemon.socket_path)
+        self.environment = clean_environment(HOME=str(folder), MODELCACHE_SOCKET=socket, PYTHONPATH=path)
 
     def words(self, *options: str, out: Path | None = None) -> list[str]:
         return ["watch", str(out or self.out), "--name", self.name, "--deadline", "3s", *options]
@@ -131,6 +133,33 @@ def test_what_is_not_in_the_store_is_said(tmp_path: Path, code: int) -> None:
         assert world.steps == [30, 20, 10]
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_is_not_captured_is_said(keeper: FakeKeeper, tmp_path: Path, code: int) -> None:
+    """The last checkpoint takes longer than the deadline: it is captured all the same, by a watcher that outlives us."""
+    world, goes_on = World(keeper, tmp_path, "run"), with_a_helper(keeper)
+    try:
+        ended = world.train("--code", str(code))
+        assert ended.returncode == (code or 9), ended.stderr
+        said = re.search(r"not captured yet of run: 'checkpoint-10', .*'checkpoint-30'; the watcher \(helper (\d+)\) goes on", ended.stderr)
+        assert said is not None and "everything" not in ended.stderr, ended.stderr
+        helper = os.pidfd_open(int(said[1]))
+    finally:
+        goes_on.set()
+    is_over = select.poll()
+    is_over.register(helper, select.POLLIN)
+    assert is_over.poll(30_000)
+    assert {kept.reference["unit"] for kept in keeper.kept.values()} == {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
+    os.close(helper)
+
+
+def test_no_watcher_at_the_end(keeper: FakeKeeper, tmp_path: Path) -> None:
+    """The command's code is the end's, whatever becomes of the watch."""
+    world = World(keeper, tmp_path, "run")
+    serve(keeper, ends, ends)
+    ended = world.watch("--", "sh", "-c", "exit 3")
+    assert ended.returncode == 3 and "gives no answer: it has ended" in ended.stderr, ended.stderr
+
+
 def test_a_second_signal_ends_the_waiting(tmp_path: Path) -> None:
     with Daemon.start(tmp_path / "root") as daemon:
         world = World(daemon, tmp_path, "run")
@@ -144,6 +173,47 @@ def test_a_second_signal_ends_the_waiting(tmp_path: Path) -> None:
         (daemon.root / "store/blobs").unlink()
         assert run(world.environment, "flush").returncode == 0
         assert world.steps == [30, 20, 10]
+
+
+def has(pid: int, field: str, number: signal.Signals) -> bool:
+    """Whether a signal is in that set (SigBlk, SigIgn, SigCgt) of a process."""
+    found = re.search(rf"{field}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
+IGNORED = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]  # as by nohup, and by what a shell runs in the background
+
+
+@pytest.mark.parametrize("number", IGNORED)
+def test_a_signal_that_is_ignored_stays_ignored(world: World, number: signal.Signals) -> None:
+    """The command may take it again, and gets those that are meant for it, not ours."""
+    code = (
+        "import signal as s, sys; s.pthread_sigmask(s.SIG_BLOCK, [int(sys.argv[1]), s.SIGUSR1, s.SIGUSR2]); print('ready', flush=True);"
+        "s.sigwait([s.SIGUSR2]); print(*map(int, s.sigpending()))"
+    )
+    words = world.words("--", sys.executable, "-c", code, str(int(number)))
+    with started(world.environment, *words, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        child = child_of(process.pid)
+        assert [has(each, "SigIgn", number) for each in (process.pid, child)] == [True, True]
+        assert not has(process.pid, "SigBlk", number)
+        process.send_signal(number)
+        process.send_signal(signal.SIGUSR1)
+        until(lambda: has(child, "ShdPnd", signal.SIGUSR1))
+        os.kill(child, signal.SIGUSR2)
+        out, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, out) == (0, f"{int(signal.SIGUSR1)}\n")
+
+
+@pytest.mark.parametrize("number", IGNORED)
+def test_a_signal_that_is_ignored_does_not_end_it(world: World, number: signal.Signals) -> None:
+    with started(world.environment, *world.words(), preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as process:
+        assert process.stderr is not None and process.stderr.readline().startswith("watching ")
+        process.send_signal(number)
+        assert [has(process.pid, field, number) for field in ("SigIgn", "SigBlk")] == [True, False]
+        process.send_signal(signal.SIGQUIT)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

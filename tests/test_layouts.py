@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from modelcache import candidates, gates, layouts, scanning
 from modelcache.candidates import Unit
 
-from .checkpoints import WHOLE, archive, hf_trainer, plain, safetensors, write
+from .checkpoints import WHOLE, archive, hf_trainer, make_old, plain, safetensors, write
 
 
 @contextmanager
@@ -82,6 +83,10 @@ MISSING: dict[str, dict[str, bytes | None]] = {
         "lightning_logs/version_0/checkpoints/epoch=1-step=20.ckpt/meta.pt": None,
         "lightning_logs/version_0/checkpoints/epoch=1-step=20.ckpt/.metadata": None,
     },
+    "lightning-deepspeed": {
+        "epoch=1-step=20.ckpt/latest": None,
+        "epoch=1-step=20.ckpt/checkpoint/mp_rank_00_model_states.pt": None,
+    },
     "dcp": {"step-500/.metadata": None, "step-500/.metadata.tmp": b""},
     "deepspeed": {
         "latest": None,
@@ -139,6 +144,76 @@ def test_single_files_count_only_where_no_framework_writes(tmp_path: Path) -> No
     assert [unit.path for unit in found(tmp_path)] == ["checkpoint-3"]
 
 
+ACCELERATED = ("model.safetensors", "optimizer.bin", "scheduler.bin", "sampler.bin")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+PRETRAINED = ("model.safetensors", "config.json")
+
+
+# Folders that are no framework's: what lies in them, and the units.
+@pytest.mark.parametrize(
+    ("files", "units"),
+    [
+        # One checkpoint: parts of it lie beside weights.
+        ([f"epoch_0/{name}" for name in ACCELERATED], {"epoch_0": 0}),
+        ([f"run/step_500/{name}" for name in ACCELERATED], {"run/step_500": 500}),
+        ([f"epoch_1/{name}" for name in ADAPTER], {"epoch_1": 1}),
+        ([f"epoch_{number}/{name}" for name in PRETRAINED for number in (1, 2)], {"epoch_1": 1, "epoch_2": 2}),
+        (["best/model-00001-of-00002.safetensors", "best/model-00002-of-00002.safetensors"], {"best": None}),
+        (["ep-3/model.safetensors", "ep-3/state.dat"], {"ep-3": 3}),
+        (["ep-3/optimizer.bin", "ep-3/unet/model.safetensors"], {"ep-3": 3}),
+        (["model-1.pt", *(f"epoch_1/{name}" for name in ADAPTER)], {"model-1.pt": 1, "epoch_1": 1}),
+        # Files that are checkpoints by themselves, in the watched folder or below.
+        (["ckpt/model-1.pt", "ckpt/model-2.pt", "ckpt/train.log", "ckpt/config.json"], {"ckpt/model-1.pt": 1, "ckpt/model-2.pt": 2}),
+        (["ckpt/model.pt", "ckpt/config.json", "ckpt/args.yaml"], {"ckpt/model.pt": None}),
+        (["run/G_100.pth", "run/D_100.pth", "run/githash"], {"run/G_100.pth": 100, "run/D_100.pth": 100}),
+        (["run/githash", "run/ckpt/model-1.pt"], {"run/ckpt/model-1.pt": 1}),
+        (["run/model.pt", "run/githash", "run/events.out.tfevents.1"], {"run/model.pt": None}),
+        (["model.safetensors", "config.json", "vocab.txt"], {"model.safetensors": None}),
+    ],
+)
+def test_a_folder_is_one_checkpoint_or_holds_some(tmp_path: Path, files: list[str], units: dict[str, int | None]) -> None:
+    write(tmp_path, {name: safetensors(b"m") for name in files})
+    seen = found(tmp_path)
+    assert {unit.path: unit.step for unit in seen} == units
+    assert all(unit.rule.guessed == (unit.kind == "folder") for unit in seen)
+
+
+def test_a_state_of_accelerate_may_be_called_anything(tmp_path: Path) -> None:
+    """Until its last file is there it is no unit of single files either."""
+    for step, unit in enumerate(("epoch_0", "run/step_1")):
+        write(tmp_path, {f"{unit}/{name}": safetensors(b"m") for name in ACCELERATED})
+        write(tmp_path, {f"{unit}/random_states_0.pkl": b"x"})
+        assert [(each.path, each.rule.name, each.step) for each in found(tmp_path) if each.path == unit] == [(unit, "accelerate", step)]
+    assert len(found(tmp_path)) == 2
+
+
+def test_files_are_single_where_they_are_said_to_be(tmp_path: Path) -> None:
+    write(tmp_path, {f"epoch_0/{name}": safetensors(b"m") for name in ACCELERATED})
+    assert [unit.path for unit in found(tmp_path, "single-file")] == ["epoch_0/model.safetensors", "epoch_0/sampler.bin"]
+
+
+def test_folders_have_no_age(tmp_path: Path) -> None:
+    """Deleting changes them: of two units the one that is half deleted would be the newest."""
+    write(tmp_path, hf_trainer(400) | hf_trainer(500))
+    make_old(tmp_path)
+    os.utime(tmp_path / "checkpoint-500/trainer_state.json", (2, 2))
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (tmp_path / "checkpoint-400" / name).unlink()
+    assert [(unit.path, unit.written_ns) for unit in found(tmp_path)] == [("checkpoint-400", 10**9), ("checkpoint-500", 2 * 10**9)]
+
+
+def test_what_is_left_of_a_unit(tmp_path: Path) -> None:
+    write(tmp_path, hf_trainer(1) | {"checkpoint-1/deep/w": b"x"})
+    (before,) = found(tmp_path)
+    os.utime(tmp_path / "checkpoint-1")
+    assert not found(tmp_path)[0].is_rest_of(before.entries)
+    shutil.rmtree(tmp_path / "checkpoint-1/deep")
+    (less,) = found(tmp_path)
+    assert less.is_rest_of(before.entries) and not less.is_rest_of(less.entries)
+    write(tmp_path, {"checkpoint-1/optimizer.pt": archive(b"others")})
+    assert not found(tmp_path)[0].is_rest_of(before.entries)
+
+
 def test_links_stand_for_units(tmp_path: Path) -> None:
     path, _, files = WHOLE["lightning"]
     write(tmp_path, files)
@@ -146,6 +221,16 @@ def test_links_stand_for_units(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/away.ckpt").symlink_to("/epoch=0-step=30.ckpt")
     (unit,) = found(tmp_path)
     assert (unit.path, unit.aliases) == (path, (("checkpoints/last.ckpt", "epoch=0-step=30.ckpt"),))
+
+
+def test_a_last_one_that_is_a_file_is_a_unit(tmp_path: Path) -> None:
+    """With `save_last=True` the newest of all, and of the same age as the numbered one the other way round."""
+    path, _, files = WHOLE["lightning"]
+    write(tmp_path, {**files, "checkpoints/last.ckpt": archive(b"later")})
+    make_old(tmp_path)
+    assert [(unit.path, unit.step) for unit in found(tmp_path)] == [("checkpoints/last.ckpt", None), (path, 30)]
+    os.utime(tmp_path / "checkpoints/last.ckpt", (2, 2))
+    assert [unit.path for unit in found(tmp_path)] == [path, "checkpoints/last.ckpt"]
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import modelcache
-from modelcache import resume, saving, units
+from modelcache import errors, resume, saving, units
 from modelcache.client import shared
 
 from . import trainer
@@ -226,6 +226,61 @@ def test_what_lies_in_an_older_one_is_not_lost(world: World) -> None:
     assert trainer.load(made) == (20, trainer.weights_after(20))
     (moved,) = (world.folder / "out.incomplete").iterdir()
     assert (moved / "notes").read_text() == "the user's"
+
+
+def test_another_runs_checkpoint_of_that_name_is_not_lost(world: World) -> None:
+    """Older, with the same names in it, and another size."""
+    made = trainer.save(world.out, 20, b"of another run", loss=0.123456)
+    touch(made, WRITTEN - 1)
+    world.trained(20)
+    restored = world.restore()
+    assert restored is not None and not restored.was_there
+    assert trainer.load(made) == (20, trainer.weights_after(20))
+    (moved,) = (world.folder / "out.incomplete").iterdir()
+    assert b"of another run" in (moved / "model.safetensors").read_bytes()
+    assert world.said == [f"{made} differs from what was kept: moved to {moved}"]
+
+
+@pytest.mark.parametrize("unit", ["model-20.pt", "checkpoint-20/model.pt"])
+def test_equal_sizes_are_not_equal_bytes(world: World, unit: str) -> None:
+    """As two runs of one model have them."""
+    fill(world.source, {unit: b"ours"})
+    fill(world.out, {unit: b"else"})
+    top = unit.partition("/")[0]
+    touch(world.out / top, WRITTEN - 1)
+    world.keep(world.source / top, layout="quiet")
+    restored = world.restore()
+    assert restored is not None and not restored.was_there
+    assert (world.out / unit).read_bytes() == b"ours"
+    (moved,) = (world.folder / "out.incomplete").iterdir()
+    assert (moved / "model.pt" if moved.is_dir() else moved).read_bytes() == b"else"
+    assert world.said == [f"{world.out / top} differs from what was kept: moved to {moved}"]
+
+
+def test_what_can_not_be_moved_away_is_not_replaced(world: World) -> None:
+    fill(world.source, {"model-20.pt": b"ours"})
+    fill(world.out, {"model-20.pt": b"of another run"})
+    touch(world.out, WRITTEN - 1)
+    world.keep(world.source / "model-20.pt", layout="quiet")
+    (world.folder / "out.incomplete").write_text("no folder: nothing can be put into it")
+    with pytest.raises(errors.StorageError, match="is in the way"):
+        world.restore()
+    assert (world.out / "model-20.pt").read_bytes() == b"of another run"
+    assert world.beside == ["out.incomplete"]
+
+
+def test_a_file_where_a_link_belongs_is_not_lost(world: World) -> None:
+    """A trainer that copies, where others link: of the same checkpoint it may go, an older one of its own may not."""
+    unit = "epoch=1-step=20.ckpt"
+    fill(world.source, {unit: b"weights"})
+    fill(world.out, {"last.ckpt": b"older weights", "newest.ckpt": b"weights"})
+    touch(world.out, WRITTEN - 1)
+    world.keep(world.source / unit, layout="quiet", aliases={"last.ckpt": unit, "newest.ckpt": unit})
+    assert world.restore() is not None
+    assert {name: os.readlink(world.out / name) for name in ("last.ckpt", "newest.ckpt")} == {"last.ckpt": unit, "newest.ckpt": unit}
+    (moved,) = (world.folder / "out.incomplete").iterdir()
+    assert moved.read_bytes() == b"older weights"
+    assert world.said == [f"{world.out}/last.ckpt differs from what was kept: moved to {moved}"]
 
 
 def test_what_another_process_is_writing_stays(world: World) -> None:

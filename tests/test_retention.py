@@ -38,6 +38,7 @@ def reference(step: int | None, at: int | None = None, *, unit: str | None = Non
 
 BY_HAND: Reference = {"key": "by hand", "created_on": "2020-01-01T00:00:00+00:00", "metadata": {"step": 1}}
 LOSSES = [reference(10, loss=3.0), reference(20, loss=1.0), reference(30, loss=2.0), reference(40, loss=2.5)]
+LAST = [reference(None, at, unit="run/last.ckpt") for at in (21, 31)]
 RUN = units.Series.of_name("run")
 LOSS = Metric("loss", False)
 
@@ -60,6 +61,12 @@ LOSS = Metric("loss", False)
         ([reference(10, 1), reference(20, 2), reference(20, 3)], 2, None, ["k2"]),
         # One file, written over and over: its versions are the checkpoints.
         ([reference(None, at, unit="last.pt") for at in (1, 2, 3)], 2, None, ["k1"]),
+        # Lightning's last one, written over too, stays beside the numbered ones while it is the newest, and alone counts as any.
+        ([reference(10), reference(20), LAST[0], reference(30), LAST[1]], 1, None, ["k10", "k20", "k21"]),
+        ([reference(10), reference(20), LAST[0], reference(30), LAST[1]], 2, None, ["k10", "k21"]),
+        ([reference(10), reference(20), LAST[0], reference(30)], 2, None, ["k10", "k21"]),
+        (LAST, 1, None, ["k21"]),
+        (LAST, 2, None, []),
         # A guess that was wrong goes; the newest that is sure stays, however many guesses are newer.
         ([reference(10, 1, complete="guessed"), reference(10, 2, complete="guessed")], 5, None, ["k1"]),
         ([reference(10), reference(20), reference(30, complete="guessed"), reference(40, complete="guessed")], 1, None, ["k10", "k30"]),

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 import modelcache
-from modelcache import watch_client
+from modelcache import layouts, watch_client
 from modelcache.client import shared
 from modelcache.watch_client import Ask, Status, Watch
 
 from .checkpoints import WHOLE, archive, hf_trainer, write
 from .conftest import ROOT, as_uid
-from .daemon import Daemon
+from .daemon import IMPORT_PATH, Daemon, clean_environment
 from .kernel import fuse, require_root, small_tmpfs
 from .saves import until
 
@@ -42,6 +42,7 @@ RULES = [
     {"name": "guess", "pattern": r"guess-(\d+)", "settle": SETTLE, "guessed": True},
     {"name": "file", "pattern": r"epoch=\d+-step=(\d+)\.ckpt", "kind": "file", "settle": SETTLE},
 ]
+LIGHTNING = next(rule for rule in layouts.RULES if rule.name == "lightning")
 Start = Callable[..., Watch]
 
 
@@ -289,6 +290,91 @@ def test_a_second_watch_takes_nothing_twice(here: Where) -> None:
     assert here.units() == ["checkpoint-1", "checkpoint-2"]
 
 
+def remove_some(unit: Path) -> None:
+    """As far as a rotation comes that is killed on its way, or whoever saves room."""
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (unit / name).unlink()
+
+
+def test_what_is_left_of_a_captured_one_is_no_news(here: Where) -> None:
+    watch = here.start()
+    for step in (1, 2):
+        write(here.out, hf_trainer(step))
+        captured(watch, f"checkpoint-{step}")
+    remove_some(here.out / "checkpoint-1")  # an older one
+    write(here.out, hf_trainer(3))
+    captured(watch, "checkpoint-3")
+    remove_some(here.out / "checkpoint-3")  # and the newest
+    assert [each.step for each in watch.stop(30.0).captured] == [1, 2, 3]
+    remove_some(here.out / "checkpoint-2")  # while nobody looks
+    again = here.start()
+    write(here.out, hf_trainer(4))
+    captured(again, "checkpoint-4")
+    assert [each.step for each in again.stop(30.0).captured] == [4]
+
+
+def test_what_is_left_of_one_that_was_not_captured_is_none(here: Where) -> None:
+    write(here.out, hf_trainer(1))
+    with open(here.out / "checkpoint-1/trainer_state.json", "r+b"):
+        watch = here.start()
+        told(watch, "checkpoint-1", "open for writing")
+        write(here.out, hf_trainer(2))
+        captured(watch, "checkpoint-2")
+        remove_some(here.out / "checkpoint-1")
+    told(watch, "checkpoint-1", "files of it were removed")
+    assert [each.unit for each in watch.stop(30.0).captured] == ["checkpoint-2"]
+
+
+def test_what_is_left_of_an_old_one_is_not_the_newest(here: Where) -> None:
+    """Nobody looked when the job was killed in its rotation."""
+    for step in (400, 500):
+        write(here.out, hf_trainer(step))
+        for path in (here.out / f"checkpoint-{step}").iterdir():
+            os.utime(path, (step, step))
+    os.utime(here.out / "checkpoint-500", (500, 500))
+    remove_some(here.out / "checkpoint-400")
+    newest = max(path.stat().st_ctime for path in here.out.rglob("*"))
+    until(lambda: time.time() > newest + SETTLE)  # both may be captured when it begins
+    watch = here.start(keep=1)
+    captured(watch, "checkpoint-500")
+    told(watch, "checkpoint-400", "newer ones are kept")
+    assert [each.unit for each in watch.stop(30.0).captured] == ["checkpoint-500"]
+
+
+def test_one_that_is_written_again_with_fewer_files_is_news(here: Where) -> None:
+    watch = here.start()
+    write(here.out, hf_trainer(1))
+    captured(watch, "checkpoint-1")
+    remove_some(here.out / "checkpoint-1")
+    write(here.out, {"checkpoint-1/model.safetensors": hf_trainer(2)["checkpoint-2/model.safetensors"]})
+    until(lambda: watch.status().captured_count == 2)
+    shutil.rmtree(here.out / "checkpoint-1")
+    write(here.out, {name: data for name, data in hf_trainer(1).items() if "optimizer" not in name})
+    until(lambda: watch.status().captured_count == 3)
+    shown = [sorted(path.name for path in Path(modelcache.load(each)).iterdir()) for each in here.references()]
+    assert shown[1:] == [["model.safetensors", "trainer_state.json"], ["model.safetensors", "rng_state.pth", "trainer_state.json"]]
+
+
+def test_a_last_one_is_kept_beside_the_numbered_one(here: Where) -> None:
+    """Lightning's `save_last=True`: a file, written right after the other, and over again when the other is not written."""
+    here.rules.write_text(json.dumps([{"name": "lightning", "pattern": LIGHTNING.pattern, "kind": "file", "settle": SETTLE}]))
+    names = ("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt", "last.ckpt")
+    for name in names:
+        write(here.out, {name: archive(name.encode())})
+    newest = max(path.stat().st_ctime for path in here.out.iterdir())
+    until(lambda: time.time() > newest + SETTLE)  # all of them may be captured when it begins
+    watch = here.start(keep=1)
+    captured(watch, *names[1:])
+    told(watch, names[0], "newer ones are kept")
+    write(here.out, {"last.ckpt": archive(b"30")})
+    until(lambda: watch.status().captured_count == 3)
+    watch.stop(30.0)
+    versions = [each for each in here.references() if each["unit"] == "last.ckpt"]
+    assert len(versions) == 2 and versions[1]["supersedes"] == versions[0]["key"]
+    (path,) = Path(modelcache.load(versions[1])).iterdir()
+    assert path.read_bytes() == archive(b"30")
+
+
 def test_a_name_that_no_task_may_have(here: Where) -> None:
     write(here.out, {"guess-1/w": b"x"})
     os.mkfifo(here.out / "guess-1/pipe")
@@ -410,6 +496,28 @@ def test_names_that_are_not_utf8(here: Where) -> None:
     told(watch, "guess-2", "UTF-8")
     write(here.out, hf_trainer(3))
     captured(watch, "checkpoint-3")
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("daemon", 0o711), ("helper", 0o711), ("helper", 0o1733)])
+def test_a_folder_that_can_only_be_passed_through(node_daemon: Daemon, shared_tmp_path: Path, kind: str, mode: int) -> None:
+    """What the watched one lies in may be entered and not listed, as a cluster's `/scratch`; the watched one is the user's own."""
+    uid = DAEMON_UID + (kind == "helper")
+    name, out, rules = os.urandom(4).hex(), shared_tmp_path / "out", shared_tmp_path / "rules.json"
+    rules.write_text(json.dumps(RULES))
+    out.mkdir()
+    os.chown(out, uid, uid)
+    shared_tmp_path.chmod(mode)
+    path = os.pathsep.join([IMPORT_PATH, str(ROOT)])
+    environment = clean_environment(HOME="/nowhere", MODELCACHE_SOCKET=node_daemon.socket, PYTHONPATH=path)
+    trains = [sys.executable, "-m", "tests.trainer", str(out), "--steps", "10"]
+    watched = [*as_uid(uid), sys.executable, "-m", "modelcache", "watch", str(out), "--name", name, "--layout", str(rules), "--resume"]
+    for said, kept in (("", ["checkpoint-10"]), ("resumed 10", [])):
+        ran = subprocess.run([*watched, "--json", "--", *trains], cwd="/", env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0 and ran.stdout.startswith(said), ran.stderr
+        status = json.loads(next(line for line in ran.stderr.splitlines() if line.startswith("{")))
+        assert status["where"].split()[0] == kind
+        assert [each["unit"] for each in status["captured"]] == kept
+        shutil.rmtree(out / "checkpoint-10")  # the next one puts it back
 
 
 @pytest.mark.slow

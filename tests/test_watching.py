@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import modelcache
-from modelcache import units, watching
+from modelcache import units, watch_client, watching
 from modelcache.client import shared
+from modelcache.errors import DaemonConnectionError
 
 from . import trainer
+from .checkpoints import archive, write
 from .conftest import ROOT
 from .daemon import IMPORT_PATH, Daemon, clean_environment
+from .fake_daemon import Request
+from .fake_keeper import FakeKeeper
 from .saves import fill, until
 from .test_keeping import Private
 
@@ -72,6 +80,13 @@ def test_a_block(out: Path, name: str) -> None:
         assert watched.restored is not None and watched.restored["unit"] == "checkpoint-20"
         assert trainer.load(out.with_name("again") / "checkpoint-20") == (20, trainer.weights_after(20))
     assert watched.status().captured_count == 0  # what was put back is no news
+
+
+def test_an_end_without_time(out: Path, name: str) -> None:
+    watched = modelcache.watch(out, name)
+    train(out, 10)
+    assert len(watching.unfinished(watched.stop(0))) == 1
+    until(lambda: steps(name) == [10])
 
 
 def test_without_a_block_and_without_a_name(out: Path, name: str) -> None:
@@ -216,5 +231,144 @@ def test_a_daemon_of_another_user(shared_tmp_path: Path, monkeypatch: pytest.Mon
             assert watched.where.startswith("helper ")
             train(out, 10)
         assert steps("run") == [10] and watching.unfinished(watched.status()) == []
+        shared().close()
+        shared().leases.close()
+
+
+# ---- watchers and daemons that do not do what they should
+
+
+Peer = Callable[[socket.socket, dict[str, Any]], None]
+
+
+def serve(keeper: FakeKeeper, *peers: Peer) -> list[dict[str, Any]]:
+    """The watchers that the daemon begins, one after the other: each is told how to obey. What they were asked first."""
+    asked: list[dict[str, Any]] = []
+    left = iter(peers)
+
+    def obey(control: socket.socket, peer: Peer) -> None:
+        with control, control.makefile() as lines:
+            asked.append(json.loads(lines.readline())["ask"])
+            control.sendall(b'{"where": "daemon"}\n')
+            for line in lines:
+                peer(control, json.loads(line))
+
+    def watch(request: Request) -> None:
+        ours, theirs = socket.socketpair()
+        keeper.spawn(obey, ours, next(left))
+        request.reply({"here": True}, [theirs.detach()])
+
+    keeper.answers["watch"] = watch
+    return asked
+
+
+def ends(control: socket.socket, _: dict[str, Any]) -> None:
+    control.shutdown(socket.SHUT_RDWR)
+
+
+def says_nothing(_: socket.socket, __: dict[str, Any]) -> None: ...
+
+
+def answers(control: socket.socket, order: dict[str, Any]) -> None:
+    assert order["do"] == "status" or 0 < order["deadline"] <= 60
+    status = watch_client.Status("out", "run", "daemon", [], 0, [], "", [], False)
+    control.sendall(json.dumps(status._asdict()).encode() + b"\n")
+
+
+def test_a_watcher_that_ended_is_replaced_at_the_end(keeper: FakeKeeper, tmp_path: Path) -> None:
+    """What was put back is put back no more: by then the trainer may have changed it."""
+    asked = serve(keeper, ends, answers)
+    watch = watch_client.start(watch_client.Ask(str(tmp_path), "run", restored=("last.pt",)))
+    assert watch.stop(60.0).captured_count == 0
+    assert [each["restored"] for each in asked] == [["last.pt"], []]
+
+
+def test_no_watcher_stays_until_the_end(keeper: FakeKeeper, tmp_path: Path) -> None:
+    serve(keeper, ends, ends)
+    with pytest.raises(RuntimeError, match="the user's own"), modelcache.watch(tmp_path / "out", "run", flush_seconds=60):
+        raise RuntimeError("the user's own")
+    serve(keeper, ends, ends)
+    with pytest.raises(DaemonConnectionError, match="has ended"):
+        modelcache.watch(tmp_path / "out", "run").stop(60.0)
+
+
+def test_a_watcher_that_does_not_answer_at_the_end(keeper: FakeKeeper, tmp_path: Path) -> None:
+    """It is at work on the last checkpoint: another one would do the same once more."""
+    asked = serve(keeper, says_nothing, answers)
+    watch = watch_client.Watch(watch_client.Ask(str(tmp_path), "run"), patience=1.0)
+    for _ in range(2):
+        with pytest.raises(DaemonConnectionError, match="still at work"):
+            watch.stop(0.0)
+    assert len(asked) == 1
+
+
+def with_a_helper(keeper: FakeKeeper) -> threading.Event:
+    """The daemon may not read the folder, and begins no save before the event."""
+    goes_on, save_open = threading.Event(), keeper.answers["save_open"]
+
+    def when_told(request: Request) -> None:
+        goes_on.wait()
+        save_open(request)
+
+    keeper.answers["watch"] = lambda request: request.reply({"here": False})
+    keeper.answers["watch_told"] = lambda request: request.reply({})
+    keeper.answers["save_open"] = when_told
+    return goes_on
+
+
+@pytest.mark.parametrize("is_begun", [False, True], ids=["begun by the end", "begun before"])
+def test_a_capture_that_outlasts_the_end(keeper: FakeKeeper, tmp_path: Path, is_begun: bool, caplog: pytest.LogCaptureFixture) -> None:
+    goes_on = with_a_helper(keeper)
+    try:
+        with modelcache.watch(tmp_path / "out", "run", flush_seconds=2) as watched:
+            helper = os.pidfd_open(int(watched.where.split()[1]))
+            train(tmp_path / "out", 10)
+            if is_begun:
+                while keeper.next_request().method != "save_open":
+                    pass
+        status = watched.status()
+        assert (status.captured_count, status.unfinished) == (0, ["checkpoint-10"])
+        said = f"not captured yet of run: 'checkpoint-10'; the watcher ({watched.where}) goes on"
+        assert [said in text for text in caplog.messages] == [True]
+        ended = select.poll()
+        ended.register(helper, select.POLLIN)
+        assert not ended.poll(3000)  # it is there for as long as the capture takes
+    finally:
+        goes_on.set()
+    assert ended.poll(30_000)
+    assert [kept.reference["unit"] for kept in keeper.kept.values()] == ["checkpoint-10"]
+    os.close(helper)
+
+
+def test_a_daemon_that_comes_back_waits_for_what_was_captured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Daemon.start(tmp_path / "root") as daemon:
+        monkeypatch.setenv("MODELCACHE_SOCKET", daemon.socket)
+        fill(daemon.root / "store", {"blobs": b"no folder: nothing can be put into it"})
+        watched = modelcache.watch(tmp_path / "out", "run")
+        train(tmp_path / "out", 10)
+        until(lambda: watched.status().captured_count == 1)
+        (captured,) = watched.status().captured
+        daemon.kill()
+        daemon.restart()
+        status = watched.stop(2)
+        assert (status.captured_count, status.pending, status.unfinished) == (0, [captured.key], [])
+        (daemon.root / "store/blobs").unlink()
+        modelcache.flush(everything=True)
+        shared().close()
+        shared().leases.close()
+
+
+def test_a_daemon_that_comes_back_knows_a_changed_file_from_what_was_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that writes into the same file again and again."""
+    with Daemon.start(tmp_path / "root") as daemon:
+        monkeypatch.setenv("MODELCACHE_SOCKET", daemon.socket)
+        with modelcache.watch(tmp_path / "out", "run", flush_seconds=5):
+            write(tmp_path / "out", {"last.pt": archive()})
+        watched = modelcache.watch(tmp_path / "again", "run", resume=True)
+        assert watched.restored is not None and watched.restored["unit"] == "last.pt"
+        daemon.kill()
+        write(tmp_path / "again", {"last.pt": archive(b"changed")})
+        daemon.restart()
+        assert [each.unit for each in watched.stop(5).captured] == ["last.pt"]
         shared().close()
         shared().leases.close()

@@ -1,7 +1,8 @@
 """Units in a scan: what the rules take for checkpoints, and what speaks against each being complete. Pure functions of what was seen.
 
 Invariants:
-- A folder that is a unit is one as a whole: nothing in it is a unit of its own.
+- A folder that is a unit is one as a whole: nothing in it is a unit of its own. One of which no rule says so, but its contents do
+  (`layouts` tells how), is one of the fallback's rule, or none.
 - A name on its way (`layouts.TEMPORARY`) is no unit, and a unit with one in it is not complete (G1).
 - `signature` is equal in two scans only if no stat of anything in the unit changed, the unit's own included (G2, G5).
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import AbstractSet, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import layouts
 from .layouts import Rule
@@ -35,8 +36,11 @@ class Unit(NamedTuple):
 
     @property
     def written_ns(self) -> int:
-        """When its trainer changed it last. One that was put back is as old as it was: its mtimes are, its ctimes can't be."""
-        return max(entry.mtime_ns for _, entry in self.entries)
+        """When its trainer changed it last. One that was put back is as old as it was: its mtimes are, its ctimes can't be.
+
+        Folders don't count: deleting changes them, and an old one that is half deleted must not look newer than the newest.
+        """
+        return max((entry.mtime_ns for _, entry in self.entries if entry.kind == FILE), default=0)
 
     @property
     def changed_ns(self) -> int:
@@ -51,6 +55,10 @@ class Unit(NamedTuple):
     def files(self) -> List[str]:
         return [path for path, entry in self.entries if entry.kind == FILE]
 
+    def is_rest_of(self, before: Entries) -> bool:
+        """Whether all that happened since is that something in it went, and nothing else was written."""
+        return _contents(self.entries) < _contents(before)
+
     @property
     def order(self) -> Tuple[int, int]:
         """Newer ones are larger."""
@@ -61,7 +69,8 @@ def find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
     """All units, complete or not, oldest first. Rules of a higher tier count only where those of lower ones find nothing."""
     for tier in (layouts.FRAMEWORK, layouts.SINGLE, layouts.FALLBACK):
         mine = [rule for rule in rules if rule.tier == tier]
-        found = sorted(_find(scan, mine), key=lambda unit: unit.order) if mine else []
+        whole = [rule for rule in rules if rule.tier == layouts.FALLBACK] if tier == layouts.SINGLE else None
+        found = sorted(_find(scan, mine, whole), key=lambda unit: unit.order) if mine else []
         if found:
             return found
     return []
@@ -72,7 +81,12 @@ def of(scan: Scan, path: str, rule: Rule) -> Optional[Unit]:
     return _unit(scan, path, rule) if path in scan.entries else None
 
 
-def _find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
+def _contents(entries: Entries) -> AbstractSet[Tuple[str, Tuple[int, ...]]]:
+    return {path: entry.identity if entry.kind == FOLDER else entry.content for path, entry in entries}.items()
+
+
+def _find(scan: Scan, rules: Sequence[Rule], whole: Optional[Sequence[Rule]]) -> List[Unit]:
+    """`whole`: where rules are of single files, by which of these a folder that is one checkpoint is one."""
     found = []
     pending = [""]
     while pending:
@@ -82,12 +96,31 @@ def _find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
             entry = scan.entries[path]
             if layouts.is_temporary(name) or entry.kind not in (FILE, FOLDER):
                 continue
-            rule = next((rule for rule in rules if _fits(scan, path, name, entry, rule)), None)
+            rule = _taker(scan, path, rules)
             if rule is not None:
                 found.append(_unit(scan, path, rule))
             elif entry.kind == FOLDER and layouts.may_hold_checkpoints(name):
-                pending.append(path)
+                if whole is not None and layouts.may_be_checkpoint(name) and _is_one(scan, path, rules):
+                    found += [_unit(scan, path, rule) for rule in whole[:1]]
+                else:
+                    pending.append(path)
     return found
+
+
+def _is_one(scan: Scan, folder: str, rules: Sequence[Rule]) -> bool:
+    """Whether a folder is one checkpoint, though single files in it might be."""
+    names = scan.names.get(folder, ())
+    files = [name for name in names if scan.entries[joined(folder, name)].kind == FILE and not layouts.is_temporary(name)]
+    foreign = (name for name in files if layouts.may_be_checkpoint(name) and _taker(scan, joined(folder, name), rules) is None)
+    if any(map(layouts.is_log, names)) or not (any(foreign) or any(layouts.is_part(name, files) for name in files)):
+        return False
+    below = [path for path, entry in scan.below(folder) if entry.kind == FILE]
+    taken = [(rule, path.rpartition("/")[2]) for path in below for rule in [_taker(scan, path, rules)] if rule is not None]
+    return bool(taken) and not any(layouts.is_version(rule, name) for rule, name in taken)
+
+
+def _taker(scan: Scan, path: str, rules: Sequence[Rule]) -> Optional[Rule]:
+    return next((rule for rule in rules if _fits(scan, path, path.rpartition("/")[2], scan.entries[path], rule)), None)
 
 
 def _fits(scan: Scan, path: str, name: str, entry: Entry, rule: Rule) -> bool:

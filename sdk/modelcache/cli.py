@@ -55,7 +55,8 @@ def _end_on_sigterm() -> None:
     def end(*_: Any) -> NoReturn:
         raise SystemExit(TERMINATED)
 
-    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # whoever started us wants it so
+        signal.signal(signal.SIGTERM, end)
 
 
 # ---- one line each, so that the others are not imported

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Sequence, Set
 
 from .cli_show import BY_SIGNAL, CANNOT_RUN, NO_SUCH_COMMAND
 
@@ -18,19 +18,25 @@ ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 _SI_KERNEL = 0x80  # si_code of a signal from the terminal, which the command got as well: it is in the same group
 
 
+def heeded(signals: Set[signal.Signals]) -> Set[signal.Signals]:
+    """Without those that whoever started us wants ignored, as `nohup` and a shell's `&` do: such a signal is none, for the command too."""
+    return {number for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
+
+
 class Ended(NamedTuple):
     code: int  # as a shell gives it
     was_told: bool  # by a signal that means the end, whether the command heeded it or not
 
 
 def run(program: Sequence[str], environment: Dict[str, str], inherited: Sequence[int] = ()) -> Ended:
-    """Runs the command until it ends. Afterwards PASSED_ON are still blocked, so that the caller can end in order.
+    """Runs the command until it ends. Afterwards those of PASSED_ON that are heeded are still blocked, so that the caller can end in order.
 
     Other threads of this process have to block them too: the kernel takes any thread that does not.
     """
-    waited_for = PASSED_ON | {signal.SIGCHLD}
+    waited_for = heeded(PASSED_ON) | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)  # from here on none is lost, and none interrupts us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.SIGTERM in waited_for:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for descriptor in inherited:
         os.set_inheritable(descriptor, True)
     try:

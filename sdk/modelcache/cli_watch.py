@@ -1,7 +1,7 @@
 """`modelcache watch | checkpoints`: an unmodified trainer runs, its checkpoints are kept, and the next run goes on with them.
 
 Invariants:
-- The command's end is ours: its code is changed only when it is 0 and not everything is in the store.
+- The command's end is ours: its code is changed only when it is 0 and not everything is captured, and in the store.
 - The command inherits the way to the watcher, so what it writes is kept as long as it lives, even when this process is killed.
 - After the end of the command a second signal ends the waiting, not what was kept.
 """
@@ -28,7 +28,7 @@ _SKIPPED_NAMED = 5  # of what was not kept, at the end
 def watch(asked: argparse.Namespace, show: Show) -> int:
     _check(asked)
     cli_daemon.lead_sdk(asked, show)
-    signal.signal(signal.SIGHUP, _leave)
+    _leave_at(signal.SIGHUP)
     running = watching.watch(
         asked.directory,
         asked.name,
@@ -40,7 +40,7 @@ def watch(asked: argparse.Namespace, show: Show) -> int:
         store=asked.store,
     )
     if not asked.program:
-        signal.pthread_sigmask(signal.SIG_BLOCK, cli_run.PASSED_ON)  # from here on a signal is the way it ends well
+        signal.pthread_sigmask(signal.SIG_BLOCK, cli_run.heeded(cli_run.PASSED_ON))  # from here on a signal is the way it ends well
     _say_begin(running, asked.resume, show)
     if asked.program:
         ended = cli_run.run(asked.program, dict(os.environ), running.descriptors())
@@ -91,7 +91,7 @@ def _say_begin(running: watching.Watching, is_resumed: bool, show: Show) -> None
 
 def _wait_for_signal() -> cli_run.Ended:
     """Without a command: until somebody ends it."""
-    signal.sigwait(cli_run.ENDING)
+    signal.sigwait(cli_run.heeded(cli_run.ENDING))
     return cli_run.Ended(OK, True)
 
 
@@ -100,7 +100,7 @@ def _end(running: watching.Watching, ended: cli_run.Ended, asked: argparse.Names
     deadline = asked.deadline
     if deadline is None:
         deadline = watching.SIGNALLED_SECONDS if is_hurried else flushing.exit_seconds()
-    signal.signal(signal.SIGTERM, _leave)
+    _leave_at(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, cli_run.PASSED_ON - {signal.SIGUSR1, signal.SIGUSR2})
     try:
         status = running.stop(deadline)
@@ -112,7 +112,7 @@ def _end(running: watching.Watching, ended: cli_run.Ended, asked: argparse.Names
         show.warn(error.message)
         return ended.code or PENDING
     _say_end(status, bool(asked.program), show)
-    return ended.code or (PENDING if status.pending else OK)
+    return ended.code or (PENDING if status.pending or status.unfinished else OK)
 
 
 def _say_end(status: Status, has_command: bool, show: Show) -> None:
@@ -130,7 +130,13 @@ def _say_end(status: Status, has_command: bool, show: Show) -> None:
     if status.last_error and not status.pending:
         show.warn(status.last_error)
     kept = count(status.captured_count, "checkpoint")
-    show.word("kept %s of %s%s" % (kept, status.name, "" if status.pending else "; everything is in the store"))
+    is_all = not status.pending and not status.unfinished
+    show.word("kept %s of %s%s" % (kept, status.name, "; everything is in the store" if is_all else ""))
+
+
+def _leave_at(number: signal.Signals) -> None:
+    if cli_run.heeded({number}):
+        signal.signal(number, _leave)
 
 
 def _leave(*_: Any) -> NoReturn:

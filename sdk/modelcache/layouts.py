@@ -4,6 +4,11 @@ The first rule that fits a folder or file owns it and everything in it, the oute
 what has to be in it, and how long it must have been quiet; what holds for all of them (nobody writes to it, files of known formats are
 whole, it is the same after the capture) stands in `candidates` and `gates`.
 
+Where no framework writes, files are checkpoints by themselves, and a folder below the watched one is one as a whole if parts of a
+checkpoint lie in it beside weights: an optimizer, a tokenizer, a config, a file that no rule takes (`is_part`). Only quiet tells when it
+ends, so it is guessed. It is none, and each file in it counts, if weights in it have numbers of their own (model-1.pt, model-2.pt) or
+a log lies in it: then a whole run writes there.
+
 Rules of one's own lie in a JSON file, whose path is given instead of a name: a list of objects with the fields of `Rule`; only `name`
 and `pattern` have to be there. They come before the table's:
 
@@ -70,10 +75,10 @@ RULES: Tuple[Rule, ...] = (
         step_in="trainer_state.json:global_step",
         settle_ranks=30.0,
     ),
-    # Accelerate's `save_state`, and diffusers' scripts: nothing marks the end; "_N" is the number of the save, "-N" the step.
+    # Accelerate's `save_state`, and scripts with it: nothing marks the end; "checkpoint_N" is the number of the save, "-N" the step.
     Rule(
         "accelerate",
-        r"checkpoint[-_](\d+)",
+        _NUMBERED,
         marks=("random_states_*.pkl",),
         needs=("random_states_0.pkl",),
         needs_any=_WEIGHTS + _WEIGHTS_IN_FOLDERS,
@@ -82,6 +87,14 @@ RULES: Tuple[Rule, ...] = (
     ),
     # Lightning with sharded strategies: a folder with the name of a file.
     Rule("lightning-sharded", _STEP_IN_CKPT, marks=("meta.pt", ".metadata", "*.distcp"), needs=("meta.pt", ".metadata"), settle=2.0),
+    # Lightning with DeepSpeed: the same as of `deepspeed`, in a folder of its own.
+    Rule(
+        "lightning-deepspeed",
+        _STEP_IN_CKPT,
+        marks=("checkpoint/*_states.pt",),
+        needs=("latest", "checkpoint/*_model_states.pt"),
+        settle=10.0,
+    ),
     Rule(
         "megatron-dist",
         r"iter_(\d+)",
@@ -129,7 +142,7 @@ RULES: Tuple[Rule, ...] = (
         tracker_text="{step}",
     ),
     Rule("nvrx", r"iter_(\d+)_\d+_local\.pt", kind="file", settle=2.0),
-    Rule("lightning", r"(?!last)" + _STEP_IN_CKPT, kind="file", settle=2.0),
+    Rule("lightning", _STEP_IN_CKPT, kind="file", settle=2.0),
     Rule("keras", _NUMBERED + r"\.(?:keras|weights\.h5)", kind="file", settle=2.0),
     Rule(
         "single-file",
@@ -154,11 +167,14 @@ TEMPORARY = re.compile(
 )
 
 # Never a unit of the fallback: what trainers write beside their checkpoints.
-_NO_CHECKPOINT = re.compile(
-    r"\..*|runs|logs?|wandb|mlruns|tensorboard|lightning_logs|tb_logs|__pycache__|cache|events\.out\..*|README.*"
-    r"|.*\.(?:log|txt|md|json|jsonl|yaml|yml|toml|csv|tsv|py|pyc|out|err|png|html)",
-    re.IGNORECASE,
-)
+_LOGS = r"runs|logs?|wandb|mlruns|tensorboard|lightning_logs|tb_logs|events\.out\..*|.*\.(?:log|jsonl|csv|tsv|out|err)"
+_LOG = re.compile(_LOGS, re.IGNORECASE)
+_NO_CHECKPOINT = re.compile(_LOGS + r"|\..*|__pycache__|cache|README.*|.*\.(?:txt|md|json|yaml|yml|toml|py|pyc|png|html)", re.IGNORECASE)
+
+# Of one checkpoint, though nothing else tells it from what trainers write beside them; and the weights that make a config one.
+_SHARD = re.compile(r".*-\d+-of-\d+\..*")
+_PART = re.compile(r".*_config\.json|model_index\.json|tokenizer.*|special_tokens_map\.json|vocab\..*|merges\.txt|.*\.index\.json")
+_PRETRAINED = re.compile(r"(?:pytorch_|adapter_|tf_)?model\.(?:safetensors|bin|h5)")
 
 
 class LayoutError(ValueError):
@@ -200,6 +216,22 @@ def may_hold_checkpoints(name: str) -> bool:
 def may_be_checkpoint(name: str) -> bool:
     """Whether the fallback may take it for one."""
     return not _NO_CHECKPOINT.fullmatch(name)
+
+
+def is_log(name: str) -> bool:
+    return _LOG.fullmatch(name) is not None
+
+
+def is_part(name: str, beside: Sequence[str]) -> bool:
+    """Whether a file is a part of what lies `beside` it. Its name fits no rule of single files, or says so nevertheless."""
+    if name == "config.json":
+        return any(_PRETRAINED.fullmatch(each) for each in beside)
+    return bool(_SHARD.fullmatch(name) or _PART.fullmatch(name))
+
+
+def is_version(rule: Rule, name: str) -> bool:
+    """Whether a single file's name numbers it among others. A shard's number doesn't."""
+    return step_of(rule, name) is not None and not _SHARD.fullmatch(name)
 
 
 def step_of(rule: Rule, name: str) -> Optional[int]:

@@ -2,7 +2,8 @@
 
 Invariants:
 - Nothing of the user is deleted: half a unit, which the trainer would try to resume from, is moved out of the folder, and where to is said.
-- It is moved only when it has been quiet for as long as a watch would wait: another process may be writing it.
+  So is what has the name of what is put back, and is older and another.
+- Half a unit is moved only when it has been quiet for as long as a watch would wait: another process may be writing it.
 - What is made on the way lies beside the folder, on the same filesystem; what a killed process left of it goes with the next one.
 """
 
@@ -72,8 +73,8 @@ def is_quiet(directory: str, unit: str, layout: str) -> bool:
     return False
 
 
-def set_aside(directory: str, unit: str) -> str:
-    """Moves half a unit out of the folder; what is to be said about it. (Watches ignore names that end so.)"""
+def set_aside(directory: str, unit: str, why: str = "is not complete") -> str:
+    """Moves what is in the way out of the folder; what is to be said about it. (Watches ignore names that end so.)"""
     place = os.path.join(directory, unit)
     home, name = _home(directory)
     target = os.path.join(home, "%s.incomplete" % name)
@@ -82,8 +83,8 @@ def set_aside(directory: str, unit: str) -> str:
         moved = os.path.join(target, "%s-%s" % (unit.replace("/", "_"), os.urandom(4).hex()))
         os.rename(place, moved)
     except OSError as error:
-        return "%s is not complete, and can't be moved away: %s" % (place, error.strerror)
-    return "%s is not complete: moved to %s" % (place, moved)
+        return "%s %s, and can't be moved away: %s" % (place, why, error.strerror)
+    return "%s %s: moved to %s" % (place, why, moved)
 
 
 def _changed(scan: scanning.Scan, unit: str, written: float) -> Dict[str, float]:
@@ -152,9 +153,9 @@ def _work_place(directory: str) -> Tuple[str, str]:
 def _home(directory: str) -> Tuple[str, str]:
     """Where things can be moved to from the folder, and what names there begin with: beside it, where the trainer does not look.
 
-    In it, with a hidden name, where it is a mount of its own or nothing may be made beside it.
+    In it, with a hidden name, where it is a mount of its own or nothing may be made, or found again, beside it.
     """
     whole = os.path.realpath(directory)
     parent, name = os.path.split(whole)
-    is_apart = os.stat(parent).st_dev != os.stat(whole).st_dev or not os.access(parent, os.W_OK | os.X_OK)
+    is_apart = os.stat(parent).st_dev != os.stat(whole).st_dev or not os.access(parent, os.R_OK | os.W_OK | os.X_OK)
     return (whole, ".modelcache") if is_apart else (parent, name)

@@ -4,6 +4,7 @@ Invariants:
 - A unit appears under its name all at once: it is made elsewhere on the same filesystem and renamed. What names it (`latest`, a link
   `last.ckpt`) is written after it, so a trainer that is started too early finds an older checkpoint, never half of one.
 - What the trainer itself changed later than what is to be put back stays as it is, and then nothing is put back.
+- What is in its place makes room for it only when it is a part of it, byte for byte (what rotation left); else it is moved away, and said.
 - Files are the user's own, writable, and as old as what they are copies of: trainers that delete their oldest checkpoints go by that.
 - Names in a reference come from a store: none leads out of the folder (I9).
 """
@@ -91,11 +92,17 @@ class _Place:
             source = view if self._reference.get("unit_type") == units.FOLDER else os.path.join(view, os.path.basename(self._unit))
             if not os.path.lexists(source):
                 raise errors.IncompatibleReferenceError("%s has no %s in it" % (self._reference["key"], os.path.basename(self._unit)))
-            is_there = os.path.lexists(self._target) and _contents(self._target) == _contents(source)
+            is_there = os.path.lexists(self._target) and self._is_known(source)
             if not is_there:
                 self._bring(source)
         self._name()
         return Restored(self._reference, self._unit, is_there)
+
+    def _is_known(self, source: str) -> bool:
+        """As a watch knows it again, by names, sizes and age; only what has another age has to be read."""
+        if _contents(self._target) != _contents(source):
+            return False
+        return _written_ns(self._target) == references.written_ns(self._reference) or _is_part(self._target, source)
 
     def _bring(self, source: str) -> None:
         with leftovers.beside(self._directory) as temporary:
@@ -107,10 +114,10 @@ class _Place:
             _make_old(made, references.written_ns(self._reference))
             os.makedirs(os.path.dirname(self._target), exist_ok=True)
             if os.path.lexists(self._target):  # a folder can't be replaced by a rename
-                if _contents(self._target).keys() <= _contents(made).keys():  # what rotation left of the same one
+                if _is_part(self._target, made):  # what rotation left of the same one
                     os.rename(self._target, os.path.join(temporary, "replaced"))
                 else:
-                    self._say(leftovers.set_aside(self._directory, self._unit))
+                    self._set_aside(self._unit)
             os.rename(made, self._target)
 
     def _name(self) -> None:
@@ -124,7 +131,15 @@ class _Place:
             place = os.path.join(self._directory, path)
             os.makedirs(os.path.dirname(place), exist_ok=True)
             if not _is_newer_file(place, units.written(self._reference)):
+                if os.path.lexists(place) and not os.path.islink(place) and not _is_part(place, self._target):
+                    self._set_aside(path)
                 files.put_link(os.path.relpath(self._target, os.path.dirname(place)), place)
+
+    def _set_aside(self, path: str) -> None:
+        self._say(leftovers.set_aside(self._directory, path, "differs from what was kept"))
+        place = os.path.join(self._directory, path)
+        if os.path.lexists(place):
+            raise errors.StorageError("%s is in the way of what is put back" % place, "move it away, or watch another folder")
 
 
 @contextmanager
@@ -161,6 +176,30 @@ def _contents(path: str) -> Dict[str, Tuple[str, Any]]:
         for name, entry in files.walk(path):
             found[name] = _kind(entry.path, entry.stat(follow_symlinks=False))
     return found
+
+
+def _is_part(path: str, whole: str) -> bool:
+    """Whether all of it is in the other as well, byte for byte; what can't be read is not."""
+    import filecmp
+
+    found = _contents(path)
+    if not found.items() <= _contents(whole).items():
+        return False
+    names = [name for name, (kind, _) in found.items() if kind == "file"]
+    try:
+        return all(filecmp.cmp(_below(path, name), _below(whole, name), shallow=False) for name in names)
+    except PermissionError:
+        return False
+
+
+def _below(path: str, name: str) -> str:
+    return os.path.join(path, name) if name else path
+
+
+def _written_ns(path: str) -> int:
+    """When a file of it was written last, as a watch counts it."""
+    written = (os.lstat(_below(path, name)).st_mtime_ns for name, (kind, _) in _contents(path).items() if kind == "file")
+    return max(written, default=0)
 
 
 def _kind(path: str, found: os.stat_result) -> Tuple[str, Any]:

@@ -63,13 +63,15 @@ def plan(stored: Sequence[Mapping[str, Any]], rule: Rule) -> List[str]:
     """Keys to delete, oldest first, of references that the store has.
 
     `keep` of the newest stay (with `best` alone: one), and the best stays beside them. Of several captures of one unit (a guess
-    that was wrong, a step that was trained again) only the newest counts, and the others go.
+    that was wrong, a step that was trained again) only the newest counts, and the others go. A `last.ckpt` that is the newest stays
+    beside the `keep`, as it does in the folder: often it is one of them once more.
     """
     if not rule:
         return []
     made = units.newest_first([each for each in stored if units.is_watched(each)])
     current = _current(made)
-    stays: Set[str] = {str(each["key"]) for each in current[: rule.keep or 1]}
+    counted = [each for each in current if not units.is_extra(str(each["unit"]))] or current
+    stays: Set[str] = {str(each["key"]) for each in counted[: rule.keep or 1]}
     stays.update(str(each["key"]) for each in made[:1])
     complete = [each for each in made if not units.is_guessed(each)]
     stays.update(str(each["key"]) for each in complete[:1])

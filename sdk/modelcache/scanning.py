@@ -79,9 +79,10 @@ def scan(folder: int, start: str = "") -> Scan:
 
 
 def open_folder(folder: int, path: str) -> int:
-    """A descriptor of a folder below `folder`, or of itself."""
-    descriptor = os.open(".", _OPEN, dir_fd=folder)
-    for part in filter(None, path.split("/")):
+    """A descriptor of a folder below `folder`, which need not be readable (O_PATH), or of itself."""
+    first, *deeper = [part for part in path.split("/") if part] or ["."]
+    descriptor = os.open(first, _OPEN, dir_fd=folder)
+    for part in deeper:
         above = descriptor
         try:
             descriptor = os.open(part, _OPEN, dir_fd=above)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Iterable, List, NamedTuple, Optional, Tuple, TypeVar
 
@@ -44,6 +45,11 @@ def step_of(reference: Mapping[str, Any]) -> Optional[int]:
 
 def is_guessed(reference: Mapping[str, Any]) -> bool:
     return reference.get("complete") == GUESSED
+
+
+def is_extra(path: str) -> bool:
+    """Lightning's `last.ckpt`: written over and over beside the numbered ones, and none of them where these are counted."""
+    return re.fullmatch(r"last.*\.ckpt", path.rpartition("/")[2]) is not None
 
 
 def written(reference: Mapping[str, Any]) -> float:

@@ -29,6 +29,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import client, keys, layouts, units
@@ -76,6 +77,7 @@ class Status(NamedTuple):
     last_error: str
     pending: List[str]  # keys that are captured on this node and not known to be in the store
     scan_only: bool  # no events: the tree is looked at every few seconds
+    unfinished: List[str] = []  # units not captured yet; the directory, if a last look did not end in time
 
 
 class Watch:
@@ -84,15 +86,17 @@ class Watch:
     When the watcher ends by itself (the daemon was restarted, the helper killed) another one is started.
     """
 
-    def __init__(self, ask: Ask, linger: float = _LINGER_SECONDS) -> None:
+    def __init__(self, ask: Ask, linger: float = _LINGER_SECONDS, patience: float = _ANSWER_SECONDS) -> None:
         self._ask = ask
         self._linger = linger
+        self._patience = patience  # seconds that an answer may take, beyond what is done for it
         self._rules = layouts.as_plain(layouts.rules(ask.layout))
         self._lock = threading.RLock()
         # Under the lock:
         self._control: Optional[socket.socket] = None
         self._received = b""
         self._error = ""  # why no watcher could be started again
+        self._is_lost = False  # it was told to stop, and gave no answer in time
         self._is_over = threading.Event()
         self.where = ""
         self._begin()
@@ -100,17 +104,18 @@ class Watch:
 
     def status(self) -> Status:
         """How it gets on. Takes no longer than a question to the daemon."""
-        return self._order({"do": "status"}, _ANSWER_SECONDS)
+        return self._order("status")
 
     def stop(self, deadline: float) -> Status:
         """One last look: everything complete is captured, then brought to the store, all within `deadline` seconds.
 
-        Raises nothing for what did not get there: `pending` of the status says it, and the daemon goes on with it.
+        Raises nothing for what did not get there: `pending` and `unfinished` of the status say it; daemon and watcher go on with it.
+        DaemonConnectionError: there is no watcher, or it does not answer.
         """
         with self._lock:
             self._is_over.set()
             try:
-                return self._order({"do": "stop", "deadline": deadline}, deadline + _ANSWER_SECONDS)
+                return self._order("stop", deadline)
             finally:
                 self._hang_up()
 
@@ -127,23 +132,41 @@ class Watch:
 
     # ---- under the lock
 
-    def _order(self, order: Dict[str, Any], seconds: float) -> Status:
+    def _order(self, what: str, deadline: float = 0.0) -> Status:
+        end = time.monotonic() + deadline
         with self._lock:
             try:
-                if self._control is None:
-                    self._begin()
-                answer = self._ask_for(order, seconds)
-            except _Gone:  # once more, of another one
-                self._begin()
-                answer = self._ask_for(order, seconds)
+                try:
+                    answer = self._answer(what, end)
+                except _Gone:  # once more, of another one
+                    answer = self._answer(what, end)
+            except ModelcacheError:
+                raise
+            except (_Gone, OSError) as error:
+                raise DaemonConnectionError(
+                    "the watch of %s gives no answer: %s" % (self._ask.directory, error),
+                    "what was kept: modelcache checkpoints %s" % self._ask.name,
+                ) from error
             answer["captured"] = [Captured(*each) for each in answer["captured"]]
             return known_fields(Status, answer)
+
+    def _answer(self, what: str, end: float) -> Dict[str, Any]:
+        if self._is_lost:
+            raise _Late
+        if self._control is None:
+            self._begin()
+        left = max(0.0, end - time.monotonic())
+        try:
+            return self._ask_for({"do": what, "deadline": left}, left + self._patience)
+        except _Late:
+            self._is_lost = what == "stop"  # it is at work on the last checkpoint, and another one would capture that again
+            raise
 
     def _begin(self) -> None:
         self._hang_up()
         folder = os.path.realpath(self._ask.directory)
         above, entry = os.path.split(folder)
-        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # its owner may let others pass through it, and not list it
         try:
             self._control = _in_daemon(parent, folder, self._ask.name) or _in_helper(parent)
         finally:
@@ -151,9 +174,10 @@ class Watch:
         self._received = b""
         first = {"ask": self._ask._asdict(), "rules": self._rules, "entry": entry or ".", "linger": self._linger}
         try:
-            self.where = str(self._ask_for(first, _ANSWER_SECONDS)["where"])
+            self.where = str(self._ask_for(first, self._patience)["where"])
         except _Gone as error:
             raise DaemonConnectionError("the watcher ended at once", "look into the daemon's log") from error
+        self._ask = self._ask._replace(restored=())  # the next one finds in the store what was put back, and may find it changed
 
     def _ask_for(self, order: Dict[str, Any], seconds: float) -> Dict[str, Any]:
         control = self._control
@@ -165,8 +189,12 @@ class Watch:
             while b"\n" not in self._received:
                 data = control.recv(1 << 16)
                 if not data:
+                    self._hang_up()
                     raise _Gone
                 self._received += data
+        except socket.timeout as error:
+            self._hang_up()
+            raise _Late from error
         except OSError as error:
             self._hang_up()
             raise _Gone from error
@@ -198,7 +226,17 @@ class Watch:
 
 
 class _Gone(Exception):
-    """The watcher has ended, or does not answer."""
+    """The watcher has ended."""
+
+    def __str__(self) -> str:
+        return "it has ended"
+
+
+class _Late(_Gone):
+    """It does not answer in time."""
+
+    def __str__(self) -> str:
+        return "it is still at work, and goes on"
 
 
 def start(ask: Ask, linger: float = _LINGER_SECONDS) -> Watch:

@@ -3,6 +3,10 @@
 The orders are JSON objects, a line each: first {"ask", "rules", "entry", "linger"}, answered {"where"}; then {"do": "status"}
 and {"do": "stop", "deadline"}, answered with the fields of a Status. The end of the stream means that who asked is gone: then the
 watcher ends when everything complete is captured and nothing has changed for `linger` seconds.
+
+Invariants:
+- An answer never waits for a capture: those are the worker's, a thread of its own.
+- A stop loses nothing that a kill would have kept: what is not captured at the deadline is captured after it, before `serve` returns.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ _MAX_LINE = 1 << 20
 _MAX_KEYS = 5000  # that one question about the store may have
 _TICK_SECONDS = 1.0
 _TOLD_SECONDS = 20.0  # the daemon forgets what it is not told again
+_LONGEST_CAPTURE_SECONDS = 3600.0  # after the end: then it hangs
 
 
 def _close_after(working: threading.Thread, watcher: Watcher) -> None:
@@ -47,7 +52,7 @@ class Host:
         self._buffer = b""
         self._ended = threading.Event()
         self._unsent: List[str] = []  # keys not known to be in the store
-        self._asked = 0  # captures that are in `_unsent`, or were
+        self._deadline: Optional[float] = None  # time.monotonic, once the watch is told to stop
         self._told = (float("-inf"), -1, "")  # when, and what, the daemon was told last
         self.ask: Optional[Ask] = None
         self._watcher: Optional[Watcher] = None
@@ -82,25 +87,38 @@ class Host:
         watcher = self._watcher = Watcher(
             ask, self._parent, first["entry"], layouts.from_plain(first["rules"]), self._retain, events.follow
         )
-        working = threading.Thread(target=self._work, name="modelcache watcher", daemon=True)
+        linger = float(first["linger"])
+        working = threading.Thread(target=self._work, args=(watcher, linger), name="modelcache watcher", daemon=True)
         working.start()
         try:
             self._send({"where": self._where})
-            self._obey(watcher, working, float(first["linger"]))
+            self._obey(watcher, working, linger)
         finally:
-            self._tell(watcher.report(), is_over=True)
+            self._control.close()
             events.end()
             watcher.end()
-            working.join(_TICK_SECONDS)
+            self._outlast(watcher, working)
+            self._tell(watcher.report(), is_over=True)
             if working.is_alive():  # a capture, or a filesystem that hangs: the descriptors are its own until it ends
                 threading.Thread(target=_close_after, args=(working, watcher), name="modelcache end", daemon=True).start()
             else:
                 watcher.close()
 
-    def _work(self) -> None:
-        assert self._watcher is not None
+    def _work(self, watcher: Watcher, linger: float) -> None:
         with self._using():
-            self._watcher.run()
+            watcher.run()
+            if self._deadline is not None:
+                watcher.finish(self._deadline)
+                if not watcher.report().is_settled:
+                    watcher.finish(time.monotonic() + linger)
+
+    def _outlast(self, watcher: Watcher, working: threading.Thread) -> None:
+        """Nobody else would capture what is being captured now."""
+        end = time.monotonic() + _LONGEST_CAPTURE_SECONDS
+        working.join(_TICK_SECONDS)
+        while working.is_alive() and not self._ended.is_set() and time.monotonic() < end:
+            self._tell(watcher.report())
+            working.join(_TICK_SECONDS)
 
     def _obey(self, watcher: Watcher, working: threading.Thread, linger: float) -> None:
         alone_since = None
@@ -123,20 +141,18 @@ class Host:
                 return self._stop(watcher, working, time.monotonic() + float(order["deadline"]))
 
     def _stop(self, watcher: Watcher, working: threading.Thread, deadline: float) -> None:
+        told = time.monotonic()
+        self._deadline = deadline
         watcher.end()
-        working.join(max(0.0, deadline - time.monotonic()))
-        if not working.is_alive():
-            watcher.finish(deadline)
-        status = self._status(max(0.0, deadline - time.monotonic()))
+        working.join(max(0.0, deadline - told))
+        status = self._status(max(0.0, deadline - time.monotonic()), told)
         self._send(status._asdict())
 
-    def _status(self, deadline: float) -> Status:
-        """With what is not in the store yet, after waiting for so many seconds."""
+    def _status(self, deadline: float, since: float = float("-inf")) -> Status:
+        """With what is not in the store yet, after waiting for so many seconds, and what a look since then found and did not capture."""
         assert self._watcher is not None and self.ask is not None and self._events is not None
         report = self._watcher.report()
-        fresh = report.captured_count - self._asked
-        self._unsent += [each.key for each in report.captured[-fresh:]] if fresh else []
-        self._asked = report.captured_count
+        self._unsent += self._watcher.new_keys()
         error = report.last_error
         try:
             if self._unsent:
@@ -157,6 +173,7 @@ class Host:
             error,
             list(self._unsent),
             is_scanned,
+            report.unfinished or ([self.ask.directory] if report.scanned < since else []),
         )
 
     def _tell(self, report: Report, is_over: bool = False) -> None:

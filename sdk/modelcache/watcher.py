@@ -6,6 +6,7 @@ that `report` copies.
 Invariants:
 - Nothing is written to the watched folder, and no file in it is opened but for reading.
 - A unit is captured only when it has passed every gate, was quiet for its time, and was the same after the capture.
+- What is left of a unit while somebody removes it is no news: of one that was captured, or that newer ones have followed.
 - The newest unit comes first. One that can't be captured is said to be skipped, and stands in nobody's way.
 """
 
@@ -17,9 +18,10 @@ import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from . import candidates, gates, keys, references, saving, scanning, unit_capture
-from .candidates import Unit
+from .candidates import Entries, Unit
 from .errors import FileChangedError, ModelcacheError, NotSaveableError
 from .layouts import Rule
+from .units import is_extra
 from .watch_client import Ask, Captured
 
 WAKE_SECONDS = 0.2  # between an event and the scan: many events come together
@@ -40,6 +42,8 @@ class Report(NamedTuple):
     is_settled: bool  # nothing complete waits to be captured
     quiet_since: float  # time.monotonic: when a unit changed last
     looked: float  # and when the last look began that has ended
+    unfinished: List[str]  # units that wait to be captured, or are being captured
+    scanned: float  # when the look began that found these
 
 
 class _Known(NamedTuple):
@@ -51,6 +55,8 @@ class _Watched(NamedTuple):
     signature: int
     since: float  # time.monotonic, when this signature was seen first
     scans: int
+    whole: Entries  # when nothing spoke against it
+    is_rest: bool  # of that: files of it went since, and no other was written
 
 
 class Watcher:
@@ -94,6 +100,9 @@ class Watcher:
         self._is_settled = False
         self._quiet_since = time.monotonic()
         self._looked = float("-inf")
+        self._unfinished: List[str] = []
+        self._scanned = float("-inf")
+        self._new_keys: List[str] = []
 
     def wake(self) -> None:
         """Something may have happened. From any thread."""
@@ -108,7 +117,14 @@ class Watcher:
         with self._lock:
             skipped = list(self._skipped.values())
             captured, error = list(self._captured), self._last_error
-            return Report(captured, self._count, skipped, error, self._is_settled, self._quiet_since, self._looked)
+            looked, unfinished = (self._quiet_since, self._looked), list(self._unfinished)
+            return Report(captured, self._count, skipped, error, self._is_settled, *looked, unfinished, self._scanned)
+
+    def new_keys(self) -> List[str]:
+        """Of what was captured since the last call, by an earlier watch too: the store may not have it yet."""
+        with self._lock:
+            new, self._new_keys = self._new_keys, []
+            return new
 
     def run(self) -> None:
         """Until `end`."""
@@ -156,6 +172,9 @@ class Watcher:
         if self._is_first:
             self._recognise(units)
             self._is_first = False
+        for unit in units[:-1]:  # newer ones have followed
+            if self._watched[unit.path].is_rest and self._is_news(unit):
+                self._give_up(unit, "files of it were removed before")
         pending = [unit for unit in units if self._is_news(unit)]
         for unit in pending:
             if unit.problem:
@@ -167,6 +186,8 @@ class Watcher:
                 waits.append(wait)
             else:
                 ready.append(unit)
+        with self._lock:
+            self._unfinished, self._scanned = [unit.path for unit in pending if not unit.problem], began
         most = 1 if self._ask.every else self._ask.keep if self._ask.keep_best is None else None
         if cap is not None and self._ask.every and waits:  # the last one that there will be is waited for
             ready = []
@@ -174,12 +195,15 @@ class Watcher:
         for unit in sorted(ready, key=lambda unit: unit.order, reverse=True):
             if most is not None and taken >= most:
                 self._give_up(unit, "newer ones are kept")
+                self._done_with(unit)
                 continue
             wait = self._take(unit, cap)
-            taken += wait == 0
+            taken += wait == 0 and not (unit is units[-1] and is_extra(unit.path))  # as `retention.plan` counts
             if wait > 0:
                 waits.append(wait)
-            elif wait < 0:
+                continue
+            self._done_with(unit)
+            if wait < 0:
                 looks.append(-wait)
         self._settle(not waits, began)
         return min([*looks, *waits])
@@ -217,7 +241,9 @@ class Watcher:
         for unit in units:
             seen = before.get(unit.path)
             if seen is None or seen.signature != unit.signature:
-                seen = _Watched(unit.signature, now, 0)
+                is_rest = seen is not None and unit.is_rest_of(seen.whole)
+                whole = seen.whole if seen is not None and is_rest else () if unit.problem else unit.entries
+                seen = _Watched(unit.signature, now, 0, whole, is_rest)
                 self._quiet_since = now
             self._watched[unit.path] = seen._replace(scans=seen.scans + 1)
         gone = [path for path in self._skipped if path not in self._watched and not self._skipped[path].endswith(_GONE)]
@@ -231,9 +257,14 @@ class Watcher:
         saved = {str(each.get("unit")): each for each in self._saved()}
         for unit in units:
             reference = saved.get(unit.path, {})
-            is_saved = (reference.get("written_ns"), reference.get("size")) == (unit.written_ns, unit.size)
+            written, size = reference.get("written_ns", -1), reference.get("size", -1)
+            # Smaller, and nothing in it is newer: what was left of it when somebody removed it.
+            is_saved = (unit.written_ns, unit.size) == (written, size) or (unit.written_ns <= written and unit.size < size)
             if unit.path in self._ask.restored or is_saved:
-                self._known[unit.path] = _Known(unit.signature, str(reference.get("key", "")))
+                key = str(reference.get("key", ""))
+                self._known[unit.path] = _Known(unit.signature, key)
+                with self._lock:
+                    self._new_keys += [key] if key else []
 
     def _saved(self) -> List[Dict[str, Any]]:
         try:
@@ -243,8 +274,8 @@ class Watcher:
             return []
 
     def _is_news(self, unit: Unit) -> bool:
-        known = self._known.get(unit.path)
-        return known is None or known.signature != unit.signature
+        known, seen = self._known.get(unit.path), self._watched[unit.path]
+        return known is None or known.signature not in ([unit.signature, hash(seen.whole)] if seen.is_rest else [unit.signature])
 
     def _wait_for(self, unit: Unit, cap: Optional[float]) -> float:
         """Seconds until it has been quiet for long enough, and the next capture is due; 0: it may be captured."""
@@ -300,9 +331,11 @@ class Watcher:
         captured = Captured(unit.path, unit.step, str(kept["key"]), time.time(), str(kept["complete"]), unit.size)
         with self._lock:
             self._captured = [*self._captured, captured][-_REMEMBERED:]
+            self._new_keys.append(captured.key)
             self._count += 1
             self._skipped.pop(unit.path, None)
             self._last_error = ""
+        self._done_with(unit)
         try:
             self._retain(self._ask)
         except (ModelcacheError, OSError, ValueError) as error:
@@ -330,9 +363,15 @@ class Watcher:
         with self._lock:
             self._last_error = what
 
+    def _done_with(self, unit: Unit) -> None:
+        with self._lock:
+            self._unfinished = [path for path in self._unfinished if path != unit.path]
+
     def _settle(self, is_settled: bool, began: float) -> None:
         with self._lock:
             self._is_settled, self._looked = is_settled, began
+            if is_settled:
+                self._unfinished, self._scanned = [], began
 
     def __repr__(self) -> str:
         return "<Watcher %s units=%d captured=%d>" % (self._ask.directory, len(self._watched), self._count)

@@ -15,12 +15,13 @@ import signal
 import threading
 from typing import Any, Dict, List, Optional, Set, Union
 
-from . import client, flushing, keys, layouts, resume, retention, units, views, watch_client
+from . import client, flushing, keys, layouts, resume, retention, scanning, units, views, watch_client
 from .errors import ModelcacheError
 
 Path = Union[str, "os.PathLike[str]"]
 
 SIGNALLED_SECONDS = 30.0  # for the end of what was told to end
+_NAMED = 5  # of what is not captured
 
 _running: Set[Watching] = set()
 
@@ -135,7 +136,8 @@ class Watching:
     def stop(self, deadline: Optional[float] = None) -> watch_client.Status:
         """One last look: everything complete is kept and brought to the store, within `deadline` seconds (None: `flush_seconds`).
 
-        Returns the status. `pending` in it has the keys that are on this node only; the daemon goes on with them.
+        Returns the status. `pending` in it has the keys that are on this node only, `unfinished` what is not captured yet; daemon and
+        watcher go on with them.
         """
         with self._lock:
             if self._last is None:
@@ -180,13 +182,23 @@ class Watching:
         return "<Watching %s as %r by %s>" % (self.directory, self.name, self.where)
 
 
-def unfinished(status: watch_client.Status) -> List[str]:
-    """What is to be said of a watch that ended before everything was in the store."""
-    if not status.pending:
+def uncaptured(status: watch_client.Status) -> List[str]:
+    """What is to be said of a watch that ended before everything was captured."""
+    if not status.unfinished:
         return []
+    more = len(status.unfinished) - _NAMED
+    named = ", ".join(map(scanning.shown, status.unfinished[:_NAMED])) + (" and %d more" % more if more > 0 else "")
+    return ["not captured yet of %s: %s; the watcher (%s) goes on" % (status.name, named, status.where)]
+
+
+def unfinished(status: watch_client.Status) -> List[str]:
+    """The same, or before everything was in the store."""
+    if not status.pending:
+        return uncaptured(status)
     reason = ": " + status.last_error if status.last_error else ""
     kept = "%d checkpoint%s" % (len(status.pending), "" if len(status.pending) == 1 else "s")
-    return ["%s of %s not in the store yet%s; safe on this node, and the daemon goes on" % (kept, status.name, reason)]
+    text = "%s of %s not in the store yet%s; safe on this node, and the daemon goes on" % (kept, status.name, reason)
+    return [*uncaptured(status), text]
 
 
 def _kept(name: str, store: Optional[str]) -> resume.Listed:

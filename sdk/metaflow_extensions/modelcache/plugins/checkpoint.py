@@ -70,9 +70,14 @@ class CheckpointDecorator(TaskDecorator):
     def end(self, task: Task, flow: Any, is_ok: bool) -> None:
         for watched in self._current.watches:
             try:
-                watched.stop()
+                status = watched.stop()
             except errors.ModelcacheError as error:  # what was kept by then is waited for below
                 tasks.warn(self.name, error)
+                continue
+            from modelcache import watching  # with all that a watch needs: only here is it loaded already
+
+            for text in watching.uncaptured(status):
+                tasks.say(self.name, text)
         self._saved = tasks.saved_by(task)
         saved = [each for each in self._saved if each.get("attempt") == task.attempt]
         try:
