@@ -84,7 +84,7 @@ def test_who_is_turned_away_hears_why_at_once(shared_tmp_path: Path) -> None:
                 assert re.search(f"hint: .*uid {BOB}.*allow_users.*allow_groups", refused.message)
         said = [line for line in daemon.log.splitlines() if "turned away" in line]
         assert len(said) == 1 and f"uid={BOB}" in said[0]
-        assert daemon.status()["refused"] >= 50
+        assert daemon.status()["refused"] == 0  # that is for who is above a limit
 
 
 def test_what_was_said_before_the_end_is_heard() -> None:
@@ -113,6 +113,7 @@ def test_connections_of_one_user(shared_tmp_path: Path) -> None:
             task.good()
         refused = tasks[3].refused("ask", method="status")
         assert refused.error is not None and refused.error[0] == "DaemonError", refused
+        assert daemon.status()["refused"] == 1
         assert f"uid {ALICE} has 3 connections" in refused.message and "max_connections_per_user" in refused.message
         assert is_served(ask(daemon, BOB))
         for _ in range(5):

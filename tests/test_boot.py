@@ -25,6 +25,7 @@ TASK = 4711  # a user the machine has never heard of, as a container's may be
 USER = 4712
 CAP_LEASE = 1 << 28
 VENV = "/opt/modelcached"
+METRICS = "/run/modelcached/metrics.sock"
 TREE: Tree = {"config.json": b"{}", "model.safetensors": Random("boot", 3_000_000)}
 UNIT = "modelcached.service"
 
@@ -60,7 +61,8 @@ def machine(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             shown[sys.base_prefix] = Path(sys.base_prefix)
             python = f"{sys.base_prefix}/bin/{Path(python).name}"
         (tree / "etc/modelcached").mkdir()
-        (tree / "etc/modelcached/modelcached.toml").write_text(f'hub_endpoint = "{the_hub.endpoint}"\nmin_free = "64MiB"\n')
+        config = f'hub_endpoint = "{the_hub.endpoint}"\nmin_free = "64MiB"\nmetrics = "unix:{METRICS}"\n'
+        (tree / "etc/modelcached/modelcached.toml").write_text(config)
         for source in shown:
             (tree / source[1:]).mkdir(parents=True, exist_ok=True)
         with Booted.start(tree, shown) as machine:
@@ -95,7 +97,16 @@ def test_told_command_starts_it_ready_and_enabled(daemon: Booted) -> None:
     assert daemon.run("systemctl", "is-enabled", UNIT, "modelcached.socket").split() == ["enabled", "enabled"]
     status = daemon.run(f"{VENV}/bin/modelcache", "status", uid=TASK)
     assert "/var/lib/modelcached" in status
-    assert "wrong" not in daemon.run("journalctl", "--no-pager", "--unit=modelcached.*", "--priority=warning")
+    assert "level=" not in daemon.run("journalctl", "--no-pager", "--unit=modelcached.*", "--priority=warning")
+    assert "level=info" in daemon.run("journalctl", "--no-pager", "--unit=modelcached.*", "--priority=info")
+
+
+def test_metrics_of_the_daemons_process(daemon: Booted) -> None:
+    """What the sandbox hides from it must not be what they need."""
+    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b'GET /metrics HTTP/1.0\\r\\n\\r\\n')"
+    read = "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
+    said = daemon.run(f"{VENV}/bin/python", "-c", f"{code}; {read}", METRICS)
+    assert "process_resident_memory_bytes" in said and "process_open_fds" in said and "modelcached_disk_free_bytes" in said
 
 
 def test_fetch_and_save_as_another_user(daemon: Booted, hub: Hub) -> None:

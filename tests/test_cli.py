@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -385,6 +386,14 @@ def test_doctor_finds_what_is_wrong_and_what_mends_it(world: World, tmp_path: Pa
         assert ran.returncode == 1 and "no download can start" in ran.stdout
     ran = run({**world.environment(), "MODELCACHE_SOCKET": daemon.socket}, "doctor")
     assert ran.returncode == 1 and "no daemon listens" in ran.stdout
+    with socket.socket(socket.AF_UNIX) as silent:  # as systemd's, of a daemon that does not start
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        ran = run({**world.environment(MODELCACHE_CONNECT_SECONDS="0.5"), "MODELCACHE_SOCKET": str(tmp_path / "silent")}, "doctor")
+        assert ran.returncode == 1 and re.search(r"^wrong +daemon .*does not answer\n +hint: look at ", ran.stdout, re.M), ran.stdout
+    with Daemon.start(tmp_path / "root", world.hub, allowed_repos="org/*") as daemon:  # says nothing of the hub
+        ran = run({**world.environment(), "MODELCACHE_SOCKET": daemon.socket}, "doctor")
+        assert ran.returncode == 0 and re.search(r"^note +hub +not asked: ", ran.stdout, re.M), ran.stdout
     (tmp_path / "file").write_text("")
     with Daemon.start(tmp_path / "other", world.hub, store=f"file://{tmp_path}/file", shutdown_seconds=0) as daemon:
         ran = run({**world.environment(), "MODELCACHE_SOCKET": daemon.socket}, "doctor")

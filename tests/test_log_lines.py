@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from modelcached.meter import Spent
 
 from .clients import Client
@@ -22,6 +24,23 @@ class JsonDaemon(Daemon):
 def lines(daemon: Daemon, event: str) -> list[dict[str, Any]]:
     said = [json.loads(line) for line in daemon.log.splitlines()]
     return [line for line in said if line["event"] == event]
+
+
+def test_lines_for_the_journal_have_its_priorities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`journalctl -p warning` shows warnings, and only where the lines go to the journal."""
+    log = tmp_path / "root.log"
+    log.touch()
+    found = log.stat()
+    monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+    with Daemon.start(tmp_path / "root", max_connections=1) as daemon, Client.of(daemon) as one, Client.of(daemon) as two:
+        one.begin("ask", method="status")
+        one.good()
+        two.refused("ask", method="status")
+        said = daemon.log.splitlines()
+    assert {line[:3] for line in said if "level=info" in line} == {"<6>"}
+    assert {line[:3] for line in said if "level=warning" in line} == {"<4>"}
+    with Daemon.start(tmp_path / "other") as daemon:
+        assert not [line for line in daemon.log.splitlines() if line.startswith("<")]
 
 
 def test_a_fetch_says_who_and_where_the_time_went(tmp_path: Path, hub: Hub) -> None:

@@ -23,8 +23,9 @@ def test_what_the_service_manager_hears(tmp_path: Path, is_abstract: bool) -> No
         notifier.ready()
         notifier.status("two\nlines")
         notifier.alive()
-        notifier.stopping()
-        assert [manager.recv(100) for _ in range(4)] == [b"READY=1", b"STATUS=two lines", b"WATCHDOG=1", b"STOPPING=1"]
+        notifier.stopping(40)
+        told = [b"READY=1", b"STATUS=two lines", b"WATCHDOG=1", b"STOPPING=1", b"EXTEND_TIMEOUT_USEC=40000000"]
+        assert [manager.recv(100) for _ in told] == told
         before = time.monotonic_ns() // 1000
         notifier.reloading()
         state, _, when = manager.recv(100).partition(b"\nMONOTONIC_USEC=")

@@ -859,6 +859,22 @@ async def test_denied(
     assert not [secret for secret in [*SECRETS, *seaweed.keys(), *seaweed.keys(READER), "Signature="] if secret in words]
 
 
+async def test_credentials_that_come_later(
+    s3_url: str, seaweed: SeaweedFS, opener: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of an instance whose role can't be asked for yet while it boots: the next request finds them."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    store = opener(s3_url)
+    refused = await asyncio.gather(*(store.put(f"refs/{number}.json", b"{}") for number in range(4)), return_exceptions=True)
+    assert [type(error).__mro__[1] for error in refused] == [errors.StoreDenied] * 4
+    access, secret = seaweed.keys()
+    (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id={access}\naws_secret_access_key={secret}\n")
+    await store.put("refs/a.json", b"{}")
+    assert await keys(store, "refs/") == {"refs/a.json"}
+
+
 async def test_profile(
     s3_url: str, seaweed: SeaweedFS, aws: Callable[..., None], opener: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

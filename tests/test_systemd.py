@@ -203,6 +203,20 @@ def test_install_refuses_what_the_unit_could_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "root").exists()
 
 
+def test_install_refuses_an_old_systemd(tmp_path: Path) -> None:
+    """Its unit would start without the store's keys."""
+    program = tmp_path / "bin" / "systemctl"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'systemd 249 (249.11-0ubuntu3)'\n")
+    program.chmod(0o755)
+    words = ("install", "--prefix", str(tmp_path / "prefix"), "--command", "/c")
+    ran = told("modelcached", *words, PATH=f"{program.parent}:{os.environ['PATH']}")
+    assert ran.returncode == 1 and "systemd 249 is too old" in ran.stderr and "251" in ran.stderr and "--user" in ran.stderr
+    assert not (tmp_path / "prefix").exists()
+    program.write_text("#!/bin/sh\necho 'systemd 251'\n")
+    assert told("modelcached", *words, PATH=f"{program.parent}:{os.environ['PATH']}").returncode == 0
+
+
 def test_install_says_where_it_may_not_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ran = told("modelcached", "install", "--root", tmp_path / "file", "--command", "/c")

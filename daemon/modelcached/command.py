@@ -126,7 +126,7 @@ async def _serve(
             await stop.wait()
             server.stop_accepting()
             listener.close()
-            notifier.stopping()
+            notifier.stopping(settings.shutdown_seconds + OVERTIME_SECONDS)
             notifier.status("ending")
             logger.info("ending", extra=traffic.counts())
             await server.drain(settings.shutdown_seconds)

@@ -7,7 +7,9 @@ The units name the program that installs them; one that the hardened unit could 
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 UNITS = Path(__file__).parent / "systemd"
 PACKAGED_COMMAND = "/usr/bin/modelcached"  # what the units name until they are installed
+LEAST_SYSTEMD = 251  # finds credentials in /etc/credstore, and says where they are (%d)
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # from the host's unit: ProtectHome=, PrivateTmp=
 START = "systemctl daemon-reload && systemctl enable --now modelcached.service"
 START_FOR_HOST = "systemd-sysusers modelcached.conf && systemd-tmpfiles --create modelcached.conf && " + START
@@ -39,6 +42,8 @@ def install_for_host(root: Path = Path("/"), prefix: Path = Path("/usr/local"), 
     """`root`: below which folder, for images and packages; `command`: the program as it is called there (default: this one)."""
     if not command:
         _refuse_hidden()
+    if root == Path("/"):
+        _refuse_old()
     library = root / prefix.relative_to("/") / "lib"
     targets = {library / "systemd" / "system": UNITS, library / "systemd" / "user": UNITS / "user"}
     targets |= {library / folder: UNITS / folder for folder in ("sysusers.d", "tmpfiles.d")}
@@ -69,6 +74,20 @@ def _write(targets: Mapping[Path, Path], command: str) -> Iterator[Path]:
                 hint = "run it as root, or for yourself alone: modelcached install --user"
                 raise InstallError(f"can't write {target}: {error.strerror}", hint) from None
             yield target
+
+
+def _refuse_old() -> None:
+    """Where systemd is older, the unit would start without the store's keys. Where there is none, nobody starts it here."""
+    try:
+        said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    found = re.match(r"systemd (\d+)", said)
+    if found and int(found[1]) < LEAST_SYSTEMD:
+        raise InstallError(
+            f"this host's systemd {found[1]} is too old: the unit needs {LEAST_SYSTEMD}",
+            "let each user run a daemon (modelcached install --user), or run the container of kubernetes/",
+        )
 
 
 def _refuse_hidden() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -29,9 +30,10 @@ _PLAIN = re.compile(r"[^\s\"=\\\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 class LineFormatter(logging.Formatter):
-    def __init__(self, style: str = "text") -> None:
+    def __init__(self, style: str = "text", is_for_journal: bool = False) -> None:
         super().__init__()
         self._is_json = style == "json"
+        self._is_for_journal = is_for_journal
 
     def format(self, record: logging.LogRecord) -> str:
         keys: dict[str, Any] = {
@@ -45,16 +47,32 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             keys["traceback"] = self.formatException(record.exc_info)
         line = json.dumps(keys, default=str) if self._is_json else " ".join(f"{key}={_quoted(value)}" for key, value in keys.items())
-        return _TOKEN.sub("***", line)
+        priority = f"<{_priority(record.levelno)}>" if self._is_for_journal else ""
+        return priority + _TOKEN.sub("***", line)
 
 
 def start(style: str, level: str, stream: TextIO | None = None) -> None:
     """Sends the whole process's log to `stream` (stderr)."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(LineFormatter(style))
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter(style, _is_journal(stream)))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """As systemd tells it: which device and inode lead to the journal."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _priority(level: int) -> int:
+    """syslog's, which `journalctl -p` selects by."""
+    return 7 if level < logging.INFO else 6 if level < logging.WARNING else 4 if level < logging.ERROR else 3
 
 
 def _quoted(value: Any) -> str:

@@ -76,6 +76,7 @@ METRICS = (
     Told("disk_size_bytes", GAUGE, "size of the cache's filesystem", lambda seen: seen["disk"]["size_bytes"]),
     Told("disk_free_bytes", GAUGE, "what is free of it", lambda seen: seen["disk"]["free_bytes"]),
     Told("disk_min_free_bytes", GAUGE, "what downloads leave free of it", lambda seen: seen["disk"]["min_free_bytes"]),
+    Told("checkpoint_reserve_bytes", GAUGE, "what they leave besides, for saves", lambda seen: seen["room"]["checkpoint_reserve_bytes"]),
     Told("used_bytes", GAUGE, "what the cache takes: blobs and unfinished downloads", lambda seen: seen["room"]["used_bytes"]),
     Told("max_size_bytes", GAUGE, "what it may take; 0 is all there is", lambda seen: seen["room"]["max_size_bytes"]),
     Told("evictions", COUNTER, "trees that were taken away to make room", lambda seen: seen["room"]["evictions"]),

@@ -35,8 +35,10 @@ class Notifier:
         """Follow it with `ready`."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def stopping(self) -> None:
+    def stopping(self, seconds: float) -> None:
+        """And so long the end may take: more than the unit says, if the daemon's own settings do."""
         self._send("STOPPING=1")
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def alive(self) -> None:
         self._send("WATCHDOG=1")

@@ -108,7 +108,7 @@ class Server:
         connection = Connection(self._service, self._verbs, self._traffic, accepted, caller)
         refusal = self._admission.refusal(accepted, caller, self._traffic.of_uid[caller.uid])
         if refusal is not None:
-            self._traffic.refused += 1
+            self._traffic.refused += isinstance(refusal, TooMany)
             return connection.fail(refusal)
         if len(self._traffic.connections) >= self._max_connections:
             self._traffic.refused += 1

@@ -72,7 +72,7 @@ def _examine(asked: argparse.Namespace, show: Show) -> Iterator[Finding]:
         yield from _root(hello, connected)
         yield _rights(hello, status)
         yield from _features(status["features"], hello)
-        yield _disk(status["disk"])
+        yield _disk(status["disk"], status["room"])
         yield from _spool(status)
         show.word("asking the store ...")
         yield _store(connected, status)
@@ -137,11 +137,16 @@ def _is_here(path: str) -> bool:
     return True
 
 
-def _disk(disk: Dict[str, Any]) -> Finding:
-    free, keep = disk["free_bytes"], disk["min_free_bytes"]
-    what = "%s of %s free, %s of it stay free" % (size(free), size(disk["size_bytes"]), size(keep))
+def _disk(disk: Dict[str, Any], room: Dict[str, Any]) -> Finding:
+    free, keep, most = disk["free_bytes"], disk["min_free_bytes"] + room["checkpoint_reserve_bytes"], room["max_size_bytes"]
+    what = "%s of %s free, downloads leave %s of it" % (size(free), size(disk["size_bytes"]), size(keep))
+    hint = "modelcache evict --dry-run tells what could go, modelcache explain who holds the rest; or give the cache more room"
+    if free + room["used_bytes"] <= keep:
+        return Finding("disk", WRONG, what + ": no download can start", "make room on it, or lower min_free or checkpoint_reserve")
     if free <= keep:
-        return Finding("disk", WRONG, what + ": no download can start", "remove repos (modelcache ls, modelcache rm), or lower min_free")
+        return Finding("disk", NOTE, what + ": something has to go before one can start", hint)
+    if most and room["used_bytes"] >= most:
+        return Finding("disk", NOTE, "the cache has all of its %s (max_size): something has to go before a download" % size(most), hint)
     return Finding("disk", FINE, what)
 
 
@@ -210,6 +215,8 @@ def _hub(connected: Client, hello: HelloReply, token: Optional[str]) -> Finding:
         return Finding("hub", WRONG, error.message, error.hint)
     except LocalEntryNotFoundError:
         return Finding("hub", NOTE, "not asked: the daemon is configured to be offline")
+    except NotPermittedError as error:  # what may be asked for is this node's policy, and says nothing of the hub
+        return Finding("hub", NOTE, "not asked: %s" % error.message, "fetch a small repo that this node allows: modelcache pull REPO")
     except ModelcacheError as error:
         return Finding("hub", WRONG, error.message, error.hint)
     return Finding("hub", WRONG, "%s has a repo %s, which nobody made" % (asked, _NO_SUCH_REPO), "is it a hub?")

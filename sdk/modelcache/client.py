@@ -192,7 +192,7 @@ class Client:
                 continue
             is_missing = isinstance(failure, FileNotFoundError) and not may_launch and not is_expected
             if is_missing or time.monotonic() > deadline:
-                raise unavailable("no daemon listens at %s: %s" % (path, failure.strerror or failure)) from failure
+                raise _nobody(path, failure) from failure
             time.sleep(pause * (1 + os.urandom(1)[0] / 256))  # 50 processes that wait for the same daemon do not knock at once
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -280,6 +280,16 @@ def _dial(path: str, connect: Optional[Callable[[], socket.socket]], deadline: f
     except BaseException:
         connection.close()
         raise
+
+
+def _nobody(path: str, failure: OSError) -> DaemonNotAvailableError:
+    if isinstance(failure, (FileNotFoundError, ConnectionRefusedError)):
+        return unavailable("no daemon listens at %s: %s" % (path, failure.strerror or failure))
+    # Somebody holds the socket: systemd, for a daemon that does not start, or a daemon that is stuck.
+    hint = "look at it: systemctl status modelcached; journalctl -u modelcached"
+    if path != runtime.NODE_SOCKET:
+        hint = "look at the process that listens there and at its log; if it is yours, end it: another one is started when it is needed"
+    return DaemonNotAvailableError("the daemon behind %s does not answer" % path, hint)
 
 
 def _connect(sock: socket.socket, path: str) -> None:

@@ -16,7 +16,7 @@ from modelcached import __version__
 from modelcached.errors import InvalidRequest, StoreProblem
 from modelcached.tasks import Pool
 
-from .s3_errors import Place, translated
+from .s3_errors import Place, StoreNoCredentials, translated
 
 CONNECT_SECONDS = 10.0
 SMALL_REQUESTS = 16  # connections beside those that carry parts and ranges
@@ -42,8 +42,12 @@ class Client:
         """One request; `key` is what an error names. The answer is botocore's."""
         client = self._made or await self._connect()
         self.requests += 1
-        with translated(self.place, key):
-            answer: dict[str, Any] = await getattr(client, operation)(Bucket=self.bucket, **parameters)
+        try:
+            with translated(self.place, key):
+                answer: dict[str, Any] = await getattr(client, operation)(Bucket=self.bucket, **parameters)
+        except StoreNoCredentials:
+            await self._forget(client)
+            raise
         self._clock = (date_of(answer), time.monotonic())
         return answer
 
@@ -55,6 +59,12 @@ class Client:
 
     async def close(self) -> None:
         await self._closing.aclose()
+
+    async def _forget(self, client: Any) -> None:
+        """botocore looks for credentials once in a client's life: where there were none yet, the next request looks again."""
+        if client is self._made:
+            self._made, closing, self._closing = None, self._closing, AsyncExitStack()
+            await closing.aclose()
 
     async def _connect(self) -> Any:
         async with self._making:

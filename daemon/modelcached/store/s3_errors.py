@@ -44,6 +44,10 @@ _WRONG_BYTES = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XA
 _KEYS_HINT = "the daemon finds credentials as the AWS tools do: AWS_ACCESS_KEY_ID, AWS_PROFILE, ~/.aws, an instance's role"
 
 
+class StoreNoCredentials(StoreDenied):
+    """Nobody has given any yet. For callers the same as any others that are denied."""
+
+
 class Place:
     """What an error names: the store's URL and, once it is known, the endpoint's address."""
 
@@ -141,6 +145,8 @@ def from_client(place: Place, error: Exception) -> ModelcachedError:
         )
     if isinstance(error, exceptions.ProfileNotFound | exceptions.ConfigParseError | exceptions.ConfigNotFound):
         return StoreDenied(f"{place.url}: the AWS configuration can't be used ({kind})", "look at AWS_PROFILE and ~/.aws/config")
+    if isinstance(error, exceptions.NoCredentialsError):
+        return StoreNoCredentials(f"{place.url}: there are no credentials", _KEYS_HINT)
     if "Credential" in kind or "Token" in kind or "SSO" in kind or "Metadata" in kind:
         return StoreDenied(f"{place.url}: there are no usable credentials ({kind})", _KEYS_HINT)
     return StoreProblem(f"{place.url}: the request can't be made ({kind})", "look at ~/.aws/config, and is this an S3 server?")
