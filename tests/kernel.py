@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import resource
 import select
@@ -142,6 +143,13 @@ class Machine:
     def on(self) -> Iterator[Path]:
         with mounted(self.place, "-o", "loop", str(self._image)):
             yield self.place
+
+    def spoil(self, content: bytes) -> None:
+        """Changes one bit of the file with this (random) content, where it lies on the disk. The machine is off."""
+        with open(self._image, "r+b") as image, mmap.mmap(image.fileno(), 0) as disk:
+            where = disk.find(content[:4096])
+            assert where >= 0, "the file is not on the disk"
+            disk[where] ^= 1
 
     def cut(self) -> None:
         """From now on every change is an error, and what was not synced is gone after the next `on`."""

@@ -20,7 +20,7 @@ from modelcached.model import Digest
 from modelcached.root import open_root
 from modelcached.tasks import Pool
 
-from .kernel import read_only, small_tmpfs
+from .kernel import Machine, read_only, small_tmpfs
 
 
 def digest_of(data: bytes) -> Digest:
@@ -159,6 +159,27 @@ async def test_what_lies_goes_to_quarantine(layout: Layout, lie: str) -> None:
         assert not blobs.check(digest)  # not here
         await blobs.add(data, digest)
         assert blobs.has(digest, len(data)) and blobs.check(digest)
+
+
+async def test_what_the_disk_cannot_read_goes_to_quarantine(tmp_path: Path) -> None:
+    """A filesystem that keeps checksums gives an error instead of bytes that are wrong, as every one does for a bad sector."""
+    machine, data = Machine(tmp_path, "btrfs"), os.urandom(1 << 20)
+    with machine.on() as place:
+        layout, lock = open_root(place / "root", private=True)
+        async with on(layout) as blobs:
+            await blobs.add(data, digest_of(data))
+        os.close(lock)
+    machine.spoil(data)
+    with machine.on():
+        layout, lock = open_root(place / "root", private=True)
+        async with on(layout) as blobs:
+            with pytest.raises(OSError, match="Input/output error"):
+                hash_file(blobs.path(digest_of(data)))
+            assert blobs.has(digest_of(data), len(data)) and not blobs.check(digest_of(data))
+            assert blobs.quarantined == 1 and (layout.quarantine / digest_of(data)).exists()
+            await blobs.add(data, digest_of(data))
+            assert blobs.check(digest_of(data))
+        os.close(lock)
 
 
 @pytest.mark.parametrize("size", [15, 2 << 20])

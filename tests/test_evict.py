@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelcached.blobs import Blobs
 from modelcached.evict import Entry, Shared, frees, plan
+from modelcached.holds import Holds
+from modelcached.leftovers import Leftovers
 from modelcached.model import Digest, TreeId
+from modelcached.root import open_root
+from modelcached.tasks import Pool
+from modelcached.trees import Trees
 
 from .clients import Client
 from .daemon import Daemon
@@ -233,6 +242,96 @@ def test_leftovers_go_before_anything_else(tmp_path: Path, repos: Hub) -> None:
             assert evicted["leftovers"] == 3 and evicted["victims"] == [] and here(wire) == {"one"}
             assert not nobodys.exists() and not abandoned.exists() and not lied.exists()
             assert status(wire)["room"]["used_bytes"] == on_disk(daemon)
+
+
+HOUR, MINUTE = 3600.0, 60.0
+
+
+@pytest.mark.parametrize(
+    ("what", "age", "is_save", "why"),
+    [
+        ("partial", 2 * HOUR, False, ""),
+        ("partial", 0.0, False, "ended"),  # somebody may go on with it
+        ("partial", 0.0, True, ""),  # a checkpoint does not wait for that
+        ("flying", 2 * HOUR, True, "flight"),
+        ("promised", 2 * HOUR, True, "flight"),  # taking it away would free nothing
+        ("in hand", 2 * HOUR, True, "flight"),
+        ("blob", 2 * HOUR, False, ""),
+        ("blob", 2 * MINUTE, False, "ended"),
+        ("blob", 2 * MINUTE, True, ""),
+        ("blob", 0.5 * MINUTE, True, "ended"),  # an import shows it in a moment
+        ("blob in hand", 2 * HOUR, True, "flight"),
+        ("quarantine", 2 * HOUR, False, ""),
+        ("quarantine", 0.0, False, "quarantine"),
+        ("quarantine", 0.0, True, ""),
+    ],
+)
+async def test_whose_bytes_are_nobodys(tmp_path: Path, what: str, age: float, is_save: bool, why: str) -> None:
+    """Leftovers stay for the grace, but not for a save (I4, I6); and who is told why is told how much."""
+    layout, lock = open_root(tmp_path / "root", private=True)
+    pool, holds, name = Pool("test", 2), Holds(), "ab" * 32
+    folder = {"blob": layout.blob(Digest(name)).parent, "quarantine": layout.quarantine}.get(what.partition(" ")[0], layout.partials)
+    (folder / name).write_bytes(bytes(5000))
+    try:
+        async with asyncio.TaskGroup() as group:
+            blobs = Blobs(layout, pool, group)
+            leftovers = Leftovers(
+                layout,
+                blobs,
+                Trees(layout, blobs.path),
+                holds,
+                HOUR,
+                lambda path: what == "flying" and path.name == name,
+                lambda: {name} if what == "promised" else set(),
+                lambda: time.time() + age,
+            )
+            with holds.hand(*([name] if "in hand" in what else [])):
+                found, kept = leftovers.find(1, is_save)
+            assert ([each.path for each in found], dict(kept)) == (([], {why: 8192}) if why else ([folder / name], {}))
+            blobs.close()
+    finally:
+        pool.close()
+        os.close(lock)
+
+
+def test_a_checkpoint_takes_the_room_of_a_download_that_was_left(tmp_path: Path, hub: Hub) -> None:
+    """I6: at once, whatever the grace; and a download is told who has the room."""
+    hub.commit("org/left", {"model.safetensors": Random("left", 20 * MIB)})
+    hub.commit("org/next", {"model.safetensors": Random("next", 20 * MIB)})
+    store: dict[str, Any] = {"store": f"file://{tmp_path}/store", "store_repos": False}
+    with (
+        small_tmpfs(tmp_path / "disk", "32m") as disk,
+        Daemon.start(disk / "root", hub, min_free="0", checkpoint_reserve="0", **store) as daemon,
+        wired(daemon.socket) as wire,
+    ):
+        hub.misbehave("no_range")
+        hub.misbehave("stall", match="^lfs", after=15 * MIB)
+        with Client.of(daemon) as task:
+            task.begin("fetch", repo_id="org/left")
+            task.progress(lambda progress: progress["done_bytes"] >= 14 * MIB)
+            with Client.of(daemon) as other:
+                refused = other.refused("fetch", repo_id="org/next")
+            assert refused.is_error("NoSpaceError"), refused.message
+            assert "MiB being fetched" in refused.message, refused.message
+            task.kill()
+        until(lambda: not opened(daemon, "partial"))
+        hub.calm()
+        with Client.of(daemon) as task:
+            refused = task.refused("fetch", repo_id="org/next")
+        assert refused.is_error("NoSpaceError") and "MiB left by downloads that ended (grace)" in refused.message
+        assert refused.value["evictable_bytes"] == 0 and next(iter(refused.value["held_bytes"].values())) > 12 * MIB
+        data = os.urandom(20 * MIB)
+        wire.save("checkpoint", {"weights": data})
+        assert (Path(wire.load("checkpoint")["path"]) / "weights").read_bytes() == data
+
+
+def opened(daemon: Daemon, folder: str) -> list[str]:
+    """What the daemon has open there."""
+    found = []
+    for descriptor in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(descriptor))
+    return [path for path in found if path.startswith(f"{daemon.root}/{folder}/")]
 
 
 @pytest.mark.parametrize("uid", [1501])

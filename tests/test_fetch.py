@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from .clients import Client, Tree, blobs, clients, hashes, partials, sha256, views
 from .daemon import Daemon
 from .hub import Hub, Random, Request
+from .saves import until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -174,6 +176,69 @@ def test_small_files_are_there_first(hub: Hub, daemon: Daemon, task: Client) -> 
     hub.calm()
     assert task.call("hashes", folder=task.good().path).files == hashes(MODEL)
     assert set(hashes(MODEL).values()) == blobs(daemon) and partials(daemon) == {}
+
+
+def test_what_a_fetch_brought_belongs_to_it_until_it_shows_it(hub: Hub, tmp_path: Path) -> None:
+    """I4: blobs known by a git id only, while another repo that shows the same bytes goes; with and without a store."""
+    small: Tree = {".gitattributes": b"*.bin filter=lfs\n", "config.json": b"{}"}
+    hub.commit("org/held-old", {**small, "old.bin": Random("held old", MIB)})
+    new: Tree = {**small, "new.safetensors": Random("held new", 9 * MIB)}
+    hub.commit("org/held-new", new)
+    choices: list[dict[str, Any]] = [{}, {"store": f"file://{tmp_path}/store"}]
+    for options in choices:
+        hub.reset_log()
+        with Daemon.start(tmp_path / f"root{len(options)}", hub, min_free="0", grace="0", **options) as daemon:
+            with Client.of(daemon) as before:
+                before.fetch("org/held-old")
+            with Client.of(daemon) as task, Client.of(daemon) as owner:
+                hub.misbehave("slow", match="^lfs", rate=TRICKLE)
+                task.begin("fetch", repo_id="org/held-new")
+                task.progress(lambda progress: progress["done_files"] == len(small))
+                freed = owner.ask("evict", size_bytes=0)
+                assert [each["what"].partition("@")[0] for each in freed["victims"]] == ["org/held-old"]
+                owner.ask("evict", size_bytes=0)  # what nobody shows now: leftovers of nobody
+                assert set(hashes(small).values()) <= blobs(daemon) and len(views(daemon)) == 0
+                hub.calm()
+                assert task.call("hashes", folder=task.good().path).files == hashes(new)
+            assert sorted(request.file for request in content(hub) if request.repo == "model/org/held-new") == sorted(small)
+
+
+def test_what_a_fetch_took_out_of_packs_belongs_to_it(hub: Hub, tmp_path: Path) -> None:
+    """The same on another node, which has everything from the store."""
+    small: Tree = {".gitattributes": b"*.bin filter=lfs\n", "config.json": b"{}"}
+    tree: Tree = {**small, "model.safetensors": Random("packed", 9 * MIB)}
+    hub.commit("org/packed", tree)
+    store = f"file://{tmp_path}/store"
+    with Daemon.start(tmp_path / "first", hub, min_free="0", store=store) as first, Client.of(first) as task:
+        task.fetch("org/packed")
+        until(lambda: first.status()["exchange"]["shared"] == 1)
+    hub.reset_log()
+    with (
+        Daemon.start(tmp_path / "second", hub, min_free="0", grace="0", store=store, store_rate="3MiB") as second,
+        Client.of(second) as task,
+        Client.of(second) as owner,
+    ):
+        task.begin("fetch", repo_id="org/packed")
+        task.progress(lambda progress: progress["done_files"] == len(small))
+        owner.ask("evict", size_bytes=0)
+        assert set(hashes(small).values()) <= blobs(second) and views(second) == []
+        assert task.call("hashes", folder=task.good().path).files == hashes(tree)
+        assert content(hub) == []
+
+
+def test_what_goes_before_it_is_in_hand_is_fetched_again(hub: Hub, daemon: Daemon, task: Client) -> None:
+    """Somebody takes a small file's blob away meanwhile, as an eviction may between its publication and the hold."""
+    tree: Tree = {"config.json": b'{"gone": true}', "model.safetensors": Random("gone", 9 * MIB)}
+    hub.commit("org/gone", tree)
+    hub.misbehave("slow", match="^lfs", rate=TRICKLE)
+    task.begin("fetch", repo_id="org/gone")
+    task.progress(lambda progress: progress["done_files"] == 1)
+    digest = hashes(tree)["config.json"]
+    (daemon.root / "blobs" / "sha256" / digest[:2] / digest).unlink()
+    hub.calm()
+    assert task.call("hashes", folder=task.good().path).files == hashes(tree)
+    assert [request.file for request in content(hub)].count("config.json") == 2
+    assert_each_byte_once(hub, {"model.safetensors": tree["model.safetensors"]})
 
 
 # ---- leaving

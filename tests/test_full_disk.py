@@ -21,7 +21,7 @@ from .clients import Client
 from .daemon import Daemon
 from .hub import Hub, Random
 from .kernel import small_tmpfs
-from .saves import MIB, Wire, contents, in_folder, key_of, wired
+from .saves import MIB, Wire, contents, in_folder, key_of, until, wired
 
 REFUSED_SECONDS = 1.0
 SIZES = (1, 4, 9, 15, 22)  # MiB
@@ -103,6 +103,46 @@ def test_a_disk_that_is_full_to_the_last_byte(disk: Path, tmp_path: Path, repos:
         wire.save("some", {"weights": b"w" * MIB})
         wire.flush()
     audit(daemon.root)
+
+
+def test_a_tar_waits_for_room_and_leaves_the_disk_to_others(tmp_path: Path, hub: Hub) -> None:
+    """What was free when it was saved is not any more when its store is back. Nothing of it is written until it fits (I6)."""
+    hub.commit("org/20", {"model.safetensors": Random("20", 20 * MIB)})
+    store = tmp_path / "store"
+    store.touch()  # in the way
+    with small_tmpfs(tmp_path / "disk", "36m") as disk, Daemon.start(disk / "root", hub, store=f"file://{store}", **ANY) as daemon:
+        with wired(daemon.socket) as wire:
+            wire.save("tar", {"weights": b"t" * (10 * MIB)}, storage_format="tar")
+            with Client.of(daemon) as task:
+                task.fetch("org/20")
+                store.unlink()
+                until(lambda: any(word in daemon.status()["spool"]["last_error"] for word in ("needs", "is full")))
+                error = daemon.status()["spool"]["last_error"]
+                assert f"the upload of {key_of('tar')} needs 10.0 MiB; " in error and f"leased (pid {task.pid}" in error, error
+                wire.save("small", {"weights": b"s" * MIB})
+                assert wire.request("flush", keys=[key_of("small")], deadline_seconds=30)["pending"] == [], "it lets others pass"
+                assert wire.flush(0)["pending"] == [key_of("tar")]
+            assert wire.flush(60)["pending"] == [], "there is room: nobody holds what was fetched"
+        audit(daemon.root)
+    assert set(contents(*in_folder(store))) == {key_of("tar"), key_of("small")}
+
+
+def test_small_files_of_a_save_wait_for_room(tmp_path: Path) -> None:
+    """As blobs they take their bytes once more."""
+    data = {f"f{number}": bytes([number]) * 200_000 for number in range(50)}
+    with small_tmpfs(tmp_path / "disk", "36m") as disk:
+        with Daemon.start(disk / "root", store=f"file://{tmp_path}/store", **ANY) as daemon, wired(daemon.socket) as wire:
+            take_all(disk / "filler", 15 * MIB)
+            wire.save("small", data)
+            with pytest.raises(NoSpaceError, match=f"the hashing of {key_of('small')} needs 9.5 MiB"):
+                wire.load("small")
+            assert daemon.status()["disk"]["free_bytes"] > 4 * MIB
+            assert not any(path.is_file() for path in (daemon.root / "blobs").rglob("*"))
+            (disk / "filler").unlink()
+            assert wire.load("small")["size_bytes"] == 10_000_000
+            assert wire.flush(60)["pending"] == []
+            assert daemon.status()["room"]["promises"] == 0
+    assert set(contents(*in_folder(tmp_path / "store"))) == {key_of("small")}
 
 
 def churn(daemon: Daemon, disk: Path, wire: Wire, seed: int, steps: int) -> tuple[dict[str, bytes], dict[str, int]]:

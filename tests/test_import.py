@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,10 +16,11 @@ import pytest
 from .clients import Client, hashes
 from .daemon import Daemon, clean_environment
 from .hub import Hub, Random
-from .kernel import require_root
-from .saves import Tree
+from .kernel import Machine, require_root
+from .saves import MIB, Tree, until, wired
+from .test_capture import HangingFiles
+from .test_capture import hanging as hanging
 
-MIB = 1 << 20
 FILES: Tree = {
     "config.json": b"{}",
     "sub dir/tokenizer ä.json": b"[1]",
@@ -122,21 +124,74 @@ def test_only_owners_import(shared_tmp_path: Path, hub: Hub) -> None:
         assert done.returncode == 4 and "uid 4243 may not import" in done.stderr, done.stderr
 
 
-def test_a_file_of_the_daemons_own_is_not_copied(tmp_path: Path, hub: Hub, cache: Path) -> None:
-    """A second name, or shared blocks: either way the disk does not hold it twice."""
-    hub.commit("org/link", {"model.safetensors": Random(5, 2 * MIB)})
-    downloaded(hub, cache, "org/link")
-    (blob,) = (path for path in cache.rglob("blobs/*") if path.stat().st_size == 2 * MIB)
-    with Daemon.start(tmp_path / "root") as daemon:
+def large(cache: Path) -> Path:
+    """The other cache's file of the one large file that was downloaded."""
+    (found,) = (path for path in cache.rglob("blobs/*") if path.stat().st_size > MIB)
+    return found
+
+
+def test_the_other_cache_is_not_ours(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    """Its files stay as they were, and what is written into them later does not change what was verified (I1)."""
+    hub.commit("org/two", {"model.safetensors": Random(5, 2 * MIB)})
+    downloaded(hub, cache, "org/two")
+    theirs = large(cache)
+    before = theirs.stat()
+    with Daemon.start(tmp_path / "root") as daemon, Client.of(daemon) as task:
         imported(daemon, cache, "--public")
-        ours = tmp_path / "root" / "blobs" / "sha256" / blob.name[:2] / blob.name
-        is_linked = os.path.samefile(blob, ours)
-        assert is_linked or tmp_path.stat().st_dev != blob.stat().st_dev or _can_reflink(tmp_path)
+        after = theirs.stat()
+        assert (after.st_nlink, after.st_mode, after.st_mtime_ns) == (before.st_nlink, before.st_mode, before.st_mtime_ns)
+        with theirs.open("r+b") as file:
+            file.write(b"trained further")
+        outcome = task.call("snapshot_download", repo_id="org/two", local_files_only=True, hashes=True)
+        assert outcome.files == hashes({"model.safetensors": Random(5, 2 * MIB)})
+        assert daemon.status()["quarantined"] == 0
 
 
-def _can_reflink(folder: Path) -> bool:
-    (folder / "one").write_bytes(b"x" * 4096)
-    return subprocess.run(["cp", "--reflink=always", "one", "two"], cwd=folder, capture_output=True).returncode == 0
+def test_where_the_filesystem_can_nothing_is_copied(tmp_path: Path, hub: Hub) -> None:
+    hub.commit("org/reflink", {"model.safetensors": Random(6, 16 * MIB)})
+    with Machine(tmp_path, "xfs").on() as place:
+        downloaded(hub, place / "hf", "org/reflink")
+        with Daemon.start(place / "root", min_free="0") as daemon:
+            os.sync()
+            before = os.statvfs(place)
+            imported(daemon, place / "hf", "--public")
+            os.sync()
+            assert (before.f_bfree - os.statvfs(place).f_bfree) * before.f_frsize < 8 * MIB
+
+
+def test_what_came_over_can_go_again(tmp_path: Path, hub: Hub, cache: Path) -> None:
+    """The other cache keeps its files, and yet they leave room for what comes next."""
+    hub.commit("org/old", {"model.safetensors": Random(7, 8 * MIB)})
+    hub.commit("org/new", {"model.safetensors": Random(8, 8 * MIB)})
+    downloaded(hub, cache, "org/old")
+    with Daemon.start(tmp_path / "root", hub, max_size="10MiB", min_free="0", grace="0") as daemon:
+        imported(daemon, cache, "--public")
+        with Client.of(daemon) as task:
+            assert task.fetch("org/new")["hub_bytes"] == 8 * MIB, "the other one was evicted for it"
+        imported(daemon, cache, "--public")
+        with wired(daemon.socket) as wire:
+            assert wire.request("rm", repo_id="org/old")["freed_bytes"] >= 8 * MIB
+            assert wire.request("status")["room"]["used_bytes"] < MIB
+    assert large(cache).stat().st_size == 8 * MIB
+
+
+def test_a_file_that_hangs_keeps_its_descriptor(tmp_path: Path, hanging: HangingFiles) -> None:
+    """The thread that was left behind still reads by its number, which must not become somebody else's file."""
+    with Daemon.start(tmp_path / "root") as daemon:
+        with wired(daemon.socket) as wire:
+            wire.start("import_files", [hanging.open("a")], repo_id="org/hangs", files=[("0" * 64, MIB)])
+            assert hanging.next_line() == b"read\n"
+        until(lambda: daemon.status()["captures"]["hanging"] == 1)
+        assert str(hanging.mount / "a") in opened(daemon.pid)
+
+
+def opened(pid: int) -> list[str]:
+    """What a process has open."""
+    found = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(descriptor))
+    return found
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

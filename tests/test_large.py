@@ -63,7 +63,7 @@ def test_three_gibibytes(tmp_path: Path, seaweed: SeaweedFS, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     url, grown = seaweed.bucket(), dict[str, int]()
     first, large = tmp_path / "first", tmp_path / "large"
-    write(first, Random("first", 200 * MIB))
+    write(first, Random("first", 512 * MIB))
     sha256 = write(large, Random("large", 3 * GIB))
     with Daemon.start(tmp_path / "root", store=url, min_free="0") as daemon, wired(daemon.socket) as wire:
         memory = Memory(daemon)

@@ -70,6 +70,15 @@ def test_version(ask: Ask) -> None:
     assert json.loads(ask("version", "--json").out)["version"] == __version__
 
 
+@pytest.mark.parametrize("package", ["aiobotocore", "aiohttp", "huggingface_hub", "msgspec", "prometheus_client"])
+def test_a_package_that_is_missing_is_named_at_once(package: str) -> None:
+    """Also one that is loaded with the first question: whoever starts the daemon should hear of it, and not whoever asks it."""
+    code = f"import sys; sys.modules[{package!r}] = None; from modelcached.__main__ import main; sys.exit(main(['version']))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines() == [f"modelcached: the daemon needs the package {package}", "hint: pip install 'modelcached[daemon]'"]
+
+
 def test_help_names_every_field_and_exit_code(ask: Ask) -> None:
     words = ask("serve", "--help").out
     assert all(f"--{name.replace('_', '-')}" in words for name in config.SETTINGS)

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelcached.layout import Layout
 from modelcached.model import Content
-from modelcached.partials import FLUSH_BYTES, MAX_BUFFERS, Partial
+from modelcached.partials import FLUSH_BYTES, MAX_BUFFERS, Partial, Partials
 
 from .kernel import file_size_limit, fuse, run_as
 
@@ -377,3 +378,29 @@ def test_what_could_not_reach_the_disk_is_not_believed(tmp_path: Path) -> None:
         partial = Partial(mount / "name", sha256_of(data), flusher)
         assert partial.missing() == [(0, len(data))]
         partial.close()
+
+
+def test_downloads_that_end_while_they_are_counted(tmp_path: Path) -> None:
+    """Every admission counts them, and a file that went is no error."""
+    layout, is_over = Layout(tmp_path), threading.Event()
+    layout.partials.mkdir()
+    files = [layout.partials / f"{number}" for number in range(200)]
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            for file in files:
+                file.write_bytes(b"x" * 5000)
+            for file in files:
+                file.unlink()
+
+    partials, sizes = Partials(layout), list[int]()
+    with ThreadPoolExecutor(1) as other:
+        ends = other.submit(come_and_go)
+        try:
+            while sum(size > 0 for size in sizes[-2000:]) < 1000:
+                sizes.append(partials.size_bytes())
+        finally:
+            is_over.set()
+        ends.result()
+    assert max(sizes) <= sum(8192 for _ in files) and partials.size_bytes() == 0
+    partials.close()

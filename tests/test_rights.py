@@ -219,6 +219,12 @@ def test_a_tree_that_looks_the_same_tells_nothing(node: Daemon, a: Client, b: Cl
 # ---- saves
 
 
+def elsewhere(task: Client) -> list[str]:
+    """The keys of saves that it is told somebody brings."""
+    task.begin("wire", method="references", params={})
+    return [record["key"] for record in task.good().value["elsewhere"]]
+
+
 def test_a_save_is_its_owners_until_the_store_has_it(node: Daemon, a: Client, b: Client, known: Known, shared_tmp_path: Path) -> None:
     with Client.of(node, uid=B) as other:
         assert other.refused("load", reference=known.key).error == other.refused("load", reference=NO_KEY).error
@@ -226,9 +232,13 @@ def test_a_save_is_its_owners_until_the_store_has_it(node: Daemon, a: Client, b:
     (shared_tmp_path / "store").mkdir()
     os.chown(shared_tmp_path / "store", DAEMON, DAEMON)
     (shared_tmp_path / "store" / "trees").touch()  # in the way: references can be read, and this save can't be sent
+    until((shared_tmp_path / "store" / "refs" / f"{known.key}.pending").exists)  # other nodes are told that it is on its way
     of_save, of_nothing = b.refused("load", reference=known.key), b.refused("load", reference=NO_KEY)
     assert of_save.is_error("ReferenceNotFoundError") and said(of_save, known.key) == said(of_nothing, NO_KEY)
     assert b.refused("wire", method="delete", params={"key": known.key}).is_error("ReferenceNotFoundError")
+    assert elsewhere(b) == []
+    with Client.of(node) as root:
+        assert elsewhere(root) == [known.key], "the test can tell"
     a.begin("load", reference=known.key, hashes=True)
     mine = a.good().files
     (shared_tmp_path / "store" / "trees").unlink()
@@ -277,6 +287,7 @@ def test_what_one_user_may_have_waiting(node: Daemon, a: Client, b: Client, shar
     shown = a.fetch("org/secret", token=ACCEPTED)["tree"]  # larger than the rest, and takes nothing: it is here already
     a.begin("wire", method="save_tree", params={"reference": {"key": NO_KEY, "type": "model"}, "tree": shown})
     a.good()
+    node.restart()
     opened = [a.call("wire", method="save_open", params={"reference": {"key": NO_KEY, "type": "model"}, "files": 1, "size_bytes": size})
               for size in (200_000, 200_000)]  # fmt: skip
     assert opened[0].error is None and opened[1].is_error("NoSpaceError")

@@ -178,6 +178,44 @@ async def test_what_is_on_its_way_counts_less(node: Node, tmp_path: Path) -> Non
     assert left() == 0
 
 
+async def test_what_has_no_name_yet_counts_until_it_is_here(node: Node) -> None:
+    """A git id: no file that could be looked at is named by it."""
+    here: set[str] = set()
+    _, left = node.room.content(Content("git-sha1", "ab" * 20, 10_000, "scope"), lambda: "a" in here)
+    assert left() == 10_000
+    here.add("a")
+    assert left() == 0
+
+
+async def test_what_a_save_needs_may_be_what_downloads_leave(node: Node, tmp_path: Path) -> None:
+    free = (await node.room.disk()).free
+    node.room.limits = Limits(min_free=2 * free)
+    path = tmp_path / "pack"
+    needs = dict([node.room.file(path, 10_000)])
+    with pytest.raises(NoSpace):
+        async with node.room.reserved(needs, "a fetch"):
+            pass
+    async with node.room.reserved(needs, "an upload", is_save=True):
+        assert (await node.room.disk()).promised == 10_000
+        path.write_bytes(bytes(4096))
+        assert (await node.room.disk()).promised == 10_000 - 4096
+    async with node.room.reserved({}, "what needs nothing"):
+        pass
+    assert node.room.statistics()["promises"] == 0
+
+
+async def test_downloads_that_were_promised_room_are_named(node: Node) -> None:
+    """Who looks for something to take away leaves them alone: less there is more still to come."""
+    content = Content("sha256", "ab" * 32, 10)
+    names: set[str] = set()
+
+    async def look() -> None:
+        names.update(node.room.promised_downloads())
+
+    await node.run({content: 10, "something else": 1}, look)
+    assert names == {content.hex} and node.room.promised_downloads() == set()
+
+
 def test_two_fetches_that_do_not_fit_together(tmp_path: Path, hub: Hub) -> None:
     for name in ("one", "two"):
         hub.commit(f"org/{name}", {"model.safetensors": Random(name, 20 * MIB)})
@@ -199,3 +237,21 @@ def test_two_fetches_that_do_not_fit_together(tmp_path: Path, hub: Hub) -> None:
             assert second.refused("fetch", repo_id="org/two").is_error("NoSpaceError"), "the other one has its lease"
         assert second.fetch("org/two")["size_bytes"] == 20 * MIB
         assert [each["repo_id"] for each in wire.request("ls")["repos"]] == ["org/two"]
+
+
+def test_what_has_arrived_is_not_promised_any_more(tmp_path: Path, hub: Hub) -> None:
+    """Small files of a repo, which git ids name: they count as used while the rest still comes, and only as that."""
+    small = {f"{number}.json": Random(str(number), 1_000_000) for number in range(10)}
+    hub.commit("org/many", {**small, "model.safetensors": Random("m", 4 * MIB)})
+    with (
+        small_tmpfs(tmp_path / "disk", "36m") as disk,
+        Daemon.start(disk / "root", hub, min_free="0", checkpoint_reserve="0") as daemon,
+        Client.of(daemon) as task,
+        wired(daemon.socket) as wire,
+    ):
+        hub.misbehave("stall", match="safetensors", after=1000)
+        task.begin("fetch", repo_id="org/many")
+        task.progress(lambda progress: progress["done_files"] == len(small))
+        wire.open("save", 18 * MIB).let_go()
+        hub.calm()
+        task.good()

@@ -126,12 +126,12 @@ class Machine(RuleBasedStateMachine):
         self.pins = Pins(layout, lambda: self.now)
         self.spool = Spool(layout)
         self.spool.recover()
-        self.hashing = Hashing(self.spool, self.blobs, self.store, self.pool, self.group, self.holds)
 
         async def make_room(size: int, is_save: bool) -> Found:
             return await self.evict.make_room(size, is_save)
 
         room = Room(layout, Limits(), self.blobs, self.partials, self.spool, self.pool, make_room)
+        self.hashing = Hashing(self.spool, self.blobs, self.store, self.pool, self.group, self.holds, room)
         tenants = Tenants(
             layout, self.store, self.repos, self.leases, self.pins, self.spool, self.holds, self.pool, 0.0, False, lambda _: False
         )

@@ -10,6 +10,7 @@ from typing import Any
 from .clients import Client, Tree
 from .daemon import Daemon
 from .hub import Hub, Random
+from .kernel import Machine
 from .saves import MIB, until, wired
 
 TREE: Tree = {"config.json": b"{}", "model.safetensors": Random("scrubbed", 3 * MIB)}
@@ -50,6 +51,20 @@ def test_damage_is_found_and_mended(tmp_path: Path, hub: Hub) -> None:
         for name, content in TREE.items():
             assert (view / name).read_bytes() == bytes(content), "nobody has asked for it"
         assert daemon.status()["quarantined"] == 2 and scrub(daemon)["damaged"] == 2
+
+
+def test_what_the_disk_cannot_read_is_mended_too(tmp_path: Path, hub: Hub) -> None:
+    """And costs nothing else: every other blob is hashed in the same round."""
+    contents = {f"{number}.bin": Random(f"sector {number}", MIB) for number in range(4)}
+    hub.commit("org/name", dict(contents))
+    machine, bad = Machine(tmp_path, "btrfs"), bytes(contents["2.bin"])
+    with machine.on() as place, Daemon.start(place / "root", hub, min_free="0", scrub_rate="0") as daemon, Client.of(daemon) as task:
+        view = Path(task.fetch("org/name")["path"])
+    machine.spoil(bad)
+    with machine.on() as place, Daemon.start(place / "root", hub, **OFTEN) as daemon:
+        until(lambda: scrub(daemon)["repaired"] == 1 and scrub(daemon)["blobs"] >= 4)
+        assert (view / "2.bin").read_bytes() == bad
+        assert daemon.status()["quarantined"] == scrub(daemon)["damaged"] == 1
 
 
 def test_what_was_saved_comes_from_the_store(tmp_path: Path) -> None:

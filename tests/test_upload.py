@@ -257,6 +257,22 @@ def test_others_are_told_what_is_on_its_way(tmp_path: Path, seaweed: SeaweedFS, 
     assert not any(key.endswith(".pending") for key in in_bucket(seaweed, url)[0])
 
 
+def test_what_is_set_aside_is_no_longer_said_to_be_on_its_way(tmp_path: Path) -> None:
+    in_the_way, pending = tmp_path / "store" / "trees", tmp_path / "store" / "refs" / f"{key_of('x')}.pending"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    # The scrub would mend what is damaged here, from what of it is in the store already.
+    with Daemon.start(tmp_path / "root", store=store_of(tmp_path), scrub_rate="0") as daemon, wired(daemon.socket) as wire:
+        wire.save("x", {"a.bin": b"x" * MIB})
+        until(lambda: pending.exists() and bool(daemon.status()["spool"]["last_error"]))
+        (captured,) = (daemon.root / "spool").glob("*/files/*")
+        captured.chmod(0o644)
+        with open(captured, "r+b") as opened:
+            opened.write(b"other")
+        until(lambda: len(daemon.status()["spool"]["corrupt"]) == 1)
+        assert not pending.exists()
+
+
 # ---- what the saves share with others on this node
 
 

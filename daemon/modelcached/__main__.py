@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 EXIT_USAGE = 2
+LOADED_LATER = ("aiobotocore", "aiohttp", "huggingface_hub", "prometheus_client")  # when they are used first: what lacks is said now
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -17,8 +19,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "modelcached":
             raise
-        return _missing(f"the daemon needs the package {error.name}", "pip install 'modelcached[daemon]'")
+        return _missing_package(error.name)
+    for name in LOADED_LATER:
+        if find_spec(name) is None:
+            return _missing_package(name)
     return command.main(words)
+
+
+def _missing_package(name: str | None) -> int:
+    return _missing(f"the daemon needs the package {name}", "pip install 'modelcached[daemon]'")
 
 
 def _missing(what: str, hint: str) -> int:

@@ -25,6 +25,7 @@ from .usage import Usage, on_disk
 SYNC_THREADS = 8  # fsyncs of a batch in flight: they wait for the disk, not for a core
 BATCH_FILES = 512
 HASH_BYTES = 1 << 20
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)  # a bad sector, or what the filesystem's own checksums say is damaged
 
 
 class Blobs:
@@ -175,12 +176,16 @@ class Blobs:
             self._give_names([durable.Staged(source, target, executable=True)])
 
     def check(self, digest: Digest) -> bool:
-        """Re-hashes a blob (blocks). False: it lied and is in quarantine, or was not here."""
+        """Re-hashes a blob (blocks). False: it lied or can't be read and is in quarantine, or was not here."""
         path = self._layout.blob(digest)
+        found = None
         try:
             found = hash_file(path)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
         if found == digest:
             if os.stat(path).st_mtime_ns != durable.MTIME_NS:
                 durable.seal(path)

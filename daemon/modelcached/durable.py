@@ -108,18 +108,6 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
-def link_descriptor(descriptor: int, target: Path) -> bool:
-    """A second name for an open file; False where the kernel or the filesystem allows none."""
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.link(f"/proc/self/fd/{descriptor}", target.name, dst_dir_fd=folder)  # with a folder, Python follows the link in /proc
-    except OSError:
-        return False
-    finally:
-        os.close(folder)
-    return True
-
-
 def rename(source: Path, target: Path) -> None:
     """Moves a file or folder to a name on the same filesystem, replacing a file that has it."""
     os.rename(source, target)

@@ -27,6 +27,7 @@ from .tenants import Tenancy, Tenants
 from .trees import Trees
 
 CHECK_SECONDS = 60.0  # the loop looks at least so often
+SHARDS_AT_ONCE = 16  # counted without a look at anything else
 BLOBS_AT_ONCE = 256  # taken out of sight in one step of the loop
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ class Evict:
 
     async def run(self) -> None:
         """Counts what is here, then keeps the cache within its room as long as the daemon lives."""
-        for shard in range(256):
-            await self._pool.run_behind(self._blobs.usage.count, shard)
+        for first in range(0, 256, SHARDS_AT_ONCE):
+            await self._pool.run_behind(self._count, range(first, first + SHARDS_AT_ONCE))
         while True:
             try:
                 excess = await self._room.excess()
@@ -145,27 +146,37 @@ class Evict:
                 log.warning("an eviction failed", extra={"error": str(error)})
             await self._room.changed(CHECK_SECONDS)
 
+    def _count(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            self._blobs.usage.count(shard)
+
     async def make_room(self, budget: int, is_save: bool) -> Found:
         """Frees `budget` bytes if that can be done, else nothing; a checkpoint does not wait for anybody's grace."""
         async with self._turn:
             entries, held = await self._look(is_save)
-            leftovers = await self._pool.run(self._leftovers.find, budget)
-            victims = plan(entries, held, max(0, budget - sum(each.size for each in leftovers)))
-            evictable = frees(victims) + sum(each.size for each in leftovers)
+            leftovers = await self._pool.run(self._leftovers.find, budget, is_save)
+            victims = plan(entries, held, max(0, budget - leftovers.size))
+            evictable = frees(victims) + leftovers.size
             if evictable >= budget:
-                await self._take(victims, leftovers, is_save)
-            return Found(evictable, *_by_reason(entries, held))
+                await self._take(victims, leftovers.found, is_save)
+            return Found(evictable, *_by_reason(entries, held, leftovers.kept))
 
     async def free(self, budget: int, dry_run: bool = False) -> Evicted:
         """Frees as much of `budget` bytes as can be."""
         async with self._turn:
             entries, held = await self._look(False)
             leftovers = await self._pool.run(self._leftovers.find, budget)
-            leftover = sum(each.size for each in leftovers)
-            victims = plan(entries, held, max(0, budget - leftover))
+            victims = plan(entries, held, max(0, budget - leftovers.size))
             if dry_run:
-                return Evicted(victims, leftovers, frees(victims) + leftover)
-            return await self._take(victims, leftovers, False)
+                return Evicted(victims, leftovers.found, frees(victims) + leftovers.size)
+            return await self._take(victims, leftovers.found, False)
+
+    async def drop(self, name: TreeId, tree: Tree | None) -> int:
+        """Takes a tree away, which is out of sight before the first await; the bytes freed. Ask whether it is held right before (I4)."""
+        discard = self._trees.drop(name, lambda _: 0)
+        self._dropped()
+        await self._pool.run(discard)
+        return await self._forget({file.sha256 for file in tree.files} if tree else set())
 
     async def explain(self, names: Sequence[TreeId]) -> list[tuple[Entry, list[Tenancy], Tree]]:
         """Of each tree: what evicting it frees, and who holds it."""
@@ -214,10 +225,7 @@ class Evict:
             # No await between this look and the drop: who comes later finds no tree, and who came before is seen (I4).
             if tree is None or self._tenants.holding(entry.tree, since=entry.last_used, is_save=is_save):
                 continue
-            discard = self._trees.drop(entry.tree, lambda _: 0)
-            self._dropped()
-            await self._pool.run(discard)
-            freed += await self._forget({file.sha256 for file in tree.files})
+            freed += await self.drop(entry.tree, tree)
             gone.append(entry)
             log.info("evicted", extra={"tree": entry.tree, "again": entry.again, "last_used": round(time.time() - entry.last_used)})
         self.evictions += len(gone)
@@ -246,9 +254,11 @@ def _unlink(paths: Iterable[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _by_reason(entries: Iterable[Entry], held: Mapping[TreeId, list[Tenancy]]) -> tuple[dict[str, int], dict[str, str]]:
+def _by_reason(
+    entries: Iterable[Entry], held: Mapping[TreeId, list[Tenancy]], nobodys: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, str]]:
     """Bytes that can't go, by the first reason, and who that is. Blobs that held trees share count for each."""
-    sizes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter({_WORDS[reason]: size for reason, size in nobodys.items() if size})
     who: dict[str, list[str]] = {}
     for entry in entries:
         said = held.get(entry.tree, [])
@@ -270,4 +280,6 @@ _WORDS = {
     "spool": "on its way to the store",
     "flight": "being fetched",
     "grace": "used a moment ago (grace)",
+    "ended": "left by downloads that ended (grace)",
+    "quarantine": "in quarantine (grace)",
 }

@@ -13,11 +13,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .blobs import Blobs
-from .errors import ModelcachedError, disk_errors
+from .errors import ModelcachedError, Storage, disk_errors
 from .flights import BlobFlights
 from .holds import Hand, Holds
 from .hub import Hub, Source
@@ -37,6 +38,7 @@ from .transfer import Transfer
 from .trees import Trees
 
 WORKERS = 192  # files of one assembly under way: connections are bounded elsewhere, and a batch to publish is made of these
+BRING_TIMES = 3  # what was brought may be taken away before it is in the hand; it is brought again
 COMPARED_AT_ONCE = 64  # files whose size and mtime are compared on the loop: 2 us each
 COMPARED_BEFORE = 1000  # above, the comparison runs behind the hand-out
 SPENT = ("lookup", "others", "hub", "store", "verify", "view")  # what the time of a fetch goes to
@@ -160,10 +162,6 @@ class Fetch:
         """Whether files of this repo are being put together."""
         return any(assembly.selection.repo == repo for assembly in self._assemblies.running())
 
-    def wants(self, digest: Digest) -> bool:
-        """Whether somebody is about to show this blob: it belongs to him although no view shows it yet."""
-        return digest in self._holds
-
     def note_damaged(self, digest: Digest) -> None:
         """A blob went to quarantine: when it is here again, every view that shows it gets the good one (I10)."""
         self._damaged.add(digest)
@@ -193,19 +191,7 @@ class Fetch:
             here = {} if ask.force else await self._pool.run(self._here, selection.repo, files)
             if await self._verify(selection.repo, [file for file in files if file.path not in here], meter):
                 here = await self._pool.run(self._here, selection.repo, files)
-            missing = [file for file in files if file.path not in here]
-            size, missing_size = sum(file.size for file in files), sum(file.size for file in missing)
-            meter.start(size, len(files), size - missing_size, len(files) - len(missing))
-            if missing:
-                if ask.local:
-                    raise incomplete(selection, missing)
-
-                async def bring() -> None:
-                    await self._bring(selection, ask.token, [file for file in missing if file.path not in here], here, meter)
-
-                needs = dict(self._room.content(self._repos.content(selection.repo, file)) for file in missing)
-                await self._room.run(needs, str(selection.repo), bring)
-                hand.add(here.values())
+            await self._complete(assembly, files, here, hand)
             meter.phase, meter.source = "publish", "disk"
             tree = Tree(tuple(TreeFile(file.path, file.size, here[file.path]) for file in files))
             with meter.spent.during("view"), disk_errors(f"building the view of {selection.repo}"):
@@ -239,10 +225,44 @@ class Fetch:
                 here[file.path] = digest
         return here
 
+    async def _complete(self, assembly: Assembly, files: list[ListedFile], here: dict[str, Digest], hand: Hand) -> None:
+        """Brings what is not `here`, and enters it there once it was seen on the disk while in the hand (I4).
+
+        The blob of a git id can't be in the hand before its bytes are known: until then anybody may take it away.
+        """
+        selection, ask = assembly.selection, assembly.ask
+        size = sum(file.size for file in files)
+        for tries in range(BRING_TIMES + 1):
+            missing = [file for file in files if file.path not in here]
+            assembly.meter.start(size, len(files), size - sum(file.size for file in missing), len(files) - len(missing))
+            if not missing:
+                return
+            if ask.local:
+                raise incomplete(selection, missing)
+            if tries == BRING_TIMES:
+                raise Storage(
+                    f"{missing[0].path!r} of {selection.repo} was fetched {tries} times, and was gone from the disk each time",
+                    "something else removes files from the cache, or the disk fails: look at the kernel log, then run: modelcache doctor",
+                )
+            await self._bring_missing(assembly, missing, hand)
+            here.update(await self._pool.run(self._here, selection.repo, missing))
+
+    async def _bring_missing(self, assembly: Assembly, missing: list[ListedFile], hand: Hand) -> None:
+        selection = assembly.selection
+        brought: dict[str, Digest] = {}
+
+        async def bring() -> None:
+            left = [file for file in missing if file.path not in brought]
+            await self._bring(selection, assembly.ask.token, left, brought, assembly.meter, hand)
+
+        contents = ((self._repos.content(selection.repo, file), partial(brought.__contains__, file.path)) for file in missing)
+        needs = dict(self._room.content(content, is_here) for content, is_here in contents)
+        await self._room.run(needs, str(selection.repo), bring)
+
     async def _bring(
-        self, selection: Selection, token: str | None, missing: list[ListedFile], here: dict[str, Digest], meter: Meter
+        self, selection: Selection, token: str | None, missing: list[ListedFile], here: dict[str, Digest], meter: Meter, hand: Hand
     ) -> None:
-        """Every missing file becomes a blob, small ones first: config and tokenizer are there early."""
+        """Every missing file becomes a blob in the hand, small ones first: config and tokenizer are there early."""
         meter.phase, meter.source = "download", "hub"
 
         async def bring(file: ListedFile) -> None:
@@ -251,6 +271,7 @@ class Fetch:
                 return await self._flights.join(self._repos.content(selection.repo, file), place, meter)
 
             digest = await self._lookup.with_token(selection.repo, token, from_hub)
+            hand.add([digest])
             await self._mend(digest)
             meter.finish(file.size)
             here[file.path] = digest
@@ -267,7 +288,7 @@ class Fetch:
 
             async def bring_small() -> None:
                 small = [file for file in missing if is_small(file)]
-                await sharing.bring_small(selection.repo, selection.commit, small, here, meter, bring)
+                await sharing.bring_small(selection.repo, selection.commit, small, here, meter, hand, bring)
                 for file in small:
                     await self._mend(here[file.path])
 

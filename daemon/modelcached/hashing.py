@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ from .errors import ModelcachedError, SaveDamaged, disk_errors
 from .holds import Hand, Holds
 from .meter import Meter, Report, ticking
 from .model import Digest, Tree, TreeFile, TreeId
+from .room import Left, Room
 from .singleflight import Flight, Flights
 from .spool import Entry, SavedFile, Spool
 from .tasks import Pool, each
@@ -54,12 +55,13 @@ class HashFlight(Flight[Hashed]):
 class Hashing:
     """`_seen` are the entries that were hashed in the background, or are being; only the event loop touches it."""
 
-    def __init__(self, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, group: asyncio.TaskGroup, holds: Holds) -> None:
+    def __init__(self, spool: Spool, blobs: Blobs, trees: Trees, pool: Pool, group: asyncio.TaskGroup, holds: Holds, room: Room) -> None:
         self._spool = spool
         self._blobs = blobs
         self._trees = trees
         self._pool = pool
         self._holds = holds
+        self._room = room
         self._flights: Flights[str, HashFlight, Hashed] = Flights(group)
         self._seen: set[str] = set()
 
@@ -132,6 +134,8 @@ class Hashing:
 
     async def _publish(self, entry: Entry, meter: Meter, hand: Hand) -> Tree:
         digests: dict[str, Digest] = {}
+        copies = sum(map(_copied, entry.files))  # bytes that are still to come onto the disk (I6)
+        needs: dict[Hashable, Left] = {("hashing", entry.id): lambda: copies} if copies else {}
 
         async def compute(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             run = self._pool.run if meter.reports else self._pool.run_behind
@@ -162,12 +166,15 @@ class Hashing:
         async def took(file: SavedFile, digest: Digest) -> None:
             if file.executable:
                 await self._pool.run(self._blobs.make_executable, digest)
+            nonlocal copies
+            copies -= _copied(file)
             digests[file.path] = digest
             meter.finish(file.size)
 
         try:
-            await each(_runs(file for file in entry.files if file.is_packed), take_run, RUNS_AT_ONCE)
-            await each([file for file in entry.files if not file.is_packed], take, FILES_AT_ONCE)
+            async with self._room.reserved(needs, f"the hashing of {entry.key}", is_save=True):
+                await each(_runs(file for file in entry.files if file.is_packed), take_run, RUNS_AT_ONCE)
+                await each([file for file in entry.files if not file.is_packed], take, FILES_AT_ONCE)
         except (FileNotFoundError, EOFError) as error:
             raise SaveDamaged(
                 f"not everything of {entry.key} is on the disk as it was captured: {error}", "the disk failed, or was tampered with"
@@ -177,6 +184,11 @@ class Hashing:
 
     def _has_all(self, tree: Tree) -> bool:
         return all(self._blobs.has(file.sha256, file.size) for file in tree.files)
+
+
+def _copied(file: SavedFile) -> int:
+    """Bytes that its blob takes beside it: a large file becomes the blob itself, and what is executable is there twice."""
+    return file.size * (file.is_packed + file.executable)
 
 
 def _runs(files: Iterable[SavedFile]) -> Iterator[list[SavedFile]]:

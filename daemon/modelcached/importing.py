@@ -3,6 +3,9 @@
 Only owners may (I8), for nobody but them says here what is a commit's. The bytes are checked against their names, which are the hub's: a
 SHA-256, or a git id. A listing that huggingface_hub kept is whole; one made up from the files that are there is not, and counts only
 when the hub can't be asked (`Repos.imported`).
+
+A file is a reflink where the filesystem can, else a copy, and never a second name, not even for a file of the daemon's own: the other
+cache could be written through it (I1), would see its mode and times change, and would keep an eviction from freeing anything.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import msgspec
 
 from modelcache.takeover import ImportCommit, ImportCommitReply, ImportFiles, ImportFilesReply
 
-from . import capture, durable
+from . import capture
 from .blobs import HASH_BYTES, Blobs
 from .config import Config
 from .errors import InvalidRequest, disk_errors
@@ -105,9 +108,11 @@ class Importing:
         listing = await self._pool.run(_read_listing, descriptors[0], repo)
         for revision, _ in params.refs:
             check_revision(revision)
-        here = await self._pool.run(self._all_here, repo, listing)
-        missing = [file.path for file in listing.files if file.path not in here]
-        with self._holds.hand(*here.values()), disk_errors(f"importing {repo}"):
+        seen = await self._pool.run(self._all_here, repo, listing)
+        with self._holds.hand(*seen.values()), disk_errors(f"importing {repo}"):
+            here = await self._pool.run(self._all_here, repo, listing)  # once more, now that nobody takes them away
+            here = {path: digest for path, digest in here.items() if path in seen}
+            missing = [file.path for file in listing.files if file.path not in here]
             await self._pool.run(self._note, repo, listing, params)
             if not here:
                 return Reply(ImportCommitReply("", 0, 0, missing))
@@ -136,13 +141,12 @@ class Importing:
     async def _take(self, repo: Repo, name: str, size: int, descriptor: int, caller: Caller) -> bool:
         """One file becomes a blob. False: its bytes are not what its name says, or it changes."""
         target = self._layout.fresh("import")
-        own = os.dup(descriptor)  # a copy that hangs outlives the request, and its descriptors
-
-        def copy(beat: Callable[[], None]) -> bool:
-            return self._linked(own, size, target) or capture.capture(own, name, size, target, beat)
 
         async def work() -> bool:
-            return await self._lanes.run(caller.uid, self._copies, copy, lambda: None)
+            own = os.dup(descriptor)  # a copy that hangs outlives the request, and its descriptors
+            return await self._lanes.run(
+                caller.uid, self._copies, lambda beat: capture.capture(own, name, size, target, beat), lambda: os.close(own)
+            )
 
         content = Content("sha256" if is_digest(name) else "git-sha1", name, size, str(self._layout.repo(repo)))
         try:
@@ -158,18 +162,8 @@ class Importing:
                     self._repos.set_digest(repo, name, digest)
             return True
         finally:
-            os.close(own)
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
-
-    def _linked(self, descriptor: int, size: int, target: Path) -> bool:
-        """Whether the file could become ours without a byte moved: a reflink, else, where it is the daemon's own, a second name."""
-        found = capture.look(descriptor, target.name)
-        if found.size != size:
-            return False
-        return capture.clone(descriptor, size, target) or (
-            os.fstat(descriptor).st_uid == os.geteuid() and durable.link_descriptor(descriptor, target)
-        )
 
     def _note(self, repo: Repo, listing: Listing, params: ImportCommit) -> None:
         """What the hub is known to have said. Whether the repo is public is not among it, unless an owner says so (I8)."""

@@ -215,6 +215,7 @@ class Keeping:
         wanted.sort(key=_created, reverse=True)
         del wanted[params.limit :]
         pending = {reference["key"] for reference in here}
+        awaited = [record for record in awaited if not self._upload.hides(str(record.get("save_id")), caller)]
         elsewhere = [record for record in awaited if record["key"] not in pending and _matches(record, params)]
         elsewhere.sort(key=_created, reverse=True)
         return Reply(

@@ -1,7 +1,8 @@
 """Leftovers: bytes that belong to nobody any more. They go before any tree does.
 
-Downloads that nobody continued for long, blobs that no view shows and no flow has in hand, what was quarantined, and notes about trees
-that are gone. What a `kill -9` in the wrong moment leaves is among them.
+Downloads that nobody continues, blobs that no view shows and no flow has in hand, what was quarantined, and notes about trees that are
+gone. What a `kill -9` in the wrong moment leaves is among them. They stay for the grace, in case somebody goes on with them, unless
+a checkpoint needs the room.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -24,12 +26,25 @@ from .trees import Trees
 from .usage import on_disk
 
 SEARCH_SECONDS = 0.3  # somebody waits; what is not found then is found by a later search, which begins where this one ended
+SETTLING_SECONDS = 60.0  # what is published, but shown only by a later request (an import), is nobody's meanwhile
+
+Why = Literal["", "flight", "ended", "quarantine"]  # somebody is at it, or it has not lain there for long
 
 
 class Leftover(NamedTuple):
     kind: str  # "download", "blob", "quarantine" or "note"
     path: Path
     size: int  # bytes on disk
+
+
+class Search(NamedTuple):
+    found: list[Leftover]
+    kept: Mapping[str, int]  # bytes that nobody shows and that stay all the same, by the reason: `Why`
+
+    @property
+    def size(self) -> int:
+        """Bytes that can go."""
+        return sum(leftover.size for leftover in self.found)
 
 
 class _Note(msgspec.Struct):
@@ -50,6 +65,8 @@ class Leftovers:
         holds: Holds,
         grace_seconds: float,
         is_flying: Callable[[Path], bool],
+        promised: Callable[[], Set[str]] = frozenset,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._layout = layout
         self._blobs = blobs
@@ -57,26 +74,49 @@ class Leftovers:
         self._holds = holds
         self._grace_seconds = grace_seconds
         self._is_flying = is_flying  # whether a flight continues this download
+        self._promised = promised  # names of downloads that are about to be continued
+        self._clock = clock
         self._next_shard = 0
         self._aside: dict[Path, list[Path]] = {}
 
-    def find(self, budget: int) -> list[Leftover]:
+    def find(self, budget: int, is_save: bool = False) -> Search:
         """Leftovers of so many bytes, if that many can be found (blocks)."""
-        found, size = [], 0
-        for leftover in self._all():
+        found: list[Leftover] = []
+        kept: Counter[str] = Counter()
+        size, promised = 0, self._promised()
+        for leftover, changed in self._all():
             if size >= budget:
                 break
-            found.append(leftover)
-            size += leftover.size
-        return found
+            why = self._why_kept(leftover, changed, promised, is_save)
+            if why:
+                kept[why] += leftover.size
+            else:
+                found.append(leftover)
+                size += leftover.size
+        return Search(found, kept)
+
+    def _why_kept(self, leftover: Leftover, changed: float, promised: Set[str], is_save: bool) -> Why:
+        if self._is_wanted(leftover) or (leftover.kind == "download" and leftover.path.name.partition(".")[0] in promised):
+            return "flight"
+        least = self._grace_seconds
+        if is_save and leftover.kind != "note":
+            least = min(least, SETTLING_SECONDS if leftover.kind == "blob" else -1.0)
+        if self._clock() - changed > least:
+            return ""
+        return "quarantine" if leftover.kind == "quarantine" else "ended"
+
+    def _is_wanted(self, leftover: Leftover) -> bool:
+        """Whether a flow is at it."""
+        if leftover.kind == "download" and self._is_flying(leftover.path):
+            return True
+        return leftover.kind in ("download", "blob") and leftover.path.name[:64] in self._holds
 
     def set_aside(self, leftover: Leftover) -> bool:
         """Takes it out of sight, on the event loop; False when somebody wants it after all. Follow it with `remove`."""
+        if self._is_wanted(leftover):
+            return False
         if leftover.kind == "blob":
-            digest = Digest(leftover.path.name[:64])
-            aside = [] if digest in self._holds else self._blobs.set_aside(digest)[0]
-        elif leftover.kind == "download" and self._is_flying(leftover.path):
-            aside = []
+            aside = self._blobs.set_aside(Digest(leftover.path.name[:64]))[0]
         else:
             aside = [self._layout.fresh("leftover")]
             try:
@@ -93,32 +133,32 @@ class Leftovers:
             path.unlink(missing_ok=True)
         return leftover.size
 
-    def _all(self) -> Iterator[Leftover]:
+    def _all(self) -> Iterator[tuple[Leftover, float]]:
+        """With the time of its last change."""
         yield from self._files(self._layout.partials, "download")
         yield from self._files(self._layout.quarantine, "quarantine")
         yield from self._notes()
         yield from self._blobs_of_nobody()
 
-    def _files(self, folder: Path, kind: str) -> Iterator[Leftover]:
-        """The oldest first; none that changed within the grace."""
+    def _files(self, folder: Path, kind: str) -> Iterator[tuple[Leftover, float]]:
+        """The oldest first."""
         found = []
         with os.scandir(folder) as files:
             for file in files:
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat(follow_symlinks=False)
-                    if self._is_old(max(status.st_mtime, status.st_ctime)):
-                        found.append((status.st_mtime, Leftover(kind, Path(file.path), on_disk(status))))
-        yield from (leftover for _, leftover in sorted(found))
+                    found.append((max(status.st_mtime, status.st_ctime), Leftover(kind, Path(file.path), on_disk(status))))
+        yield from ((leftover, changed) for changed, leftover in sorted(found))
 
-    def _notes(self) -> Iterator[Leftover]:
+    def _notes(self) -> Iterator[tuple[Leftover, float]]:
         """Which tree an old artifact turned out to be, where that tree is gone."""
-        for leftover in self._files(self._layout.root / "legacy", "note"):
+        for leftover, changed in self._files(self._layout.root / "legacy", "note"):
             with contextlib.suppress(OSError, msgspec.MsgspecError):
                 tree = _note_json.decode(leftover.path.read_bytes()).tree
                 if not self._layout.tree(TreeId(tree)).exists():
-                    yield leftover
+                    yield leftover, changed
 
-    def _blobs_of_nobody(self) -> Iterator[Leftover]:
+    def _blobs_of_nobody(self) -> Iterator[tuple[Leftover, float]]:
         """Goes round the shards, a little at a time: there may be a million blobs."""
         deadline = time.monotonic() + SEARCH_SECONDS
         shards = self._layout.shards()
@@ -128,11 +168,11 @@ class Leftovers:
                 return
             for path, status in _unlinked(shards[self._next_shard]):
                 digest = Digest(path.name[:64])
-                if not self._is_old(status.st_ctime) or self._blobs.names(digest)[0]:
+                if self._blobs.names(digest)[0]:
                     continue
                 named = self._named() if named is None else named
                 if digest not in named:
-                    yield Leftover("blob", path, on_disk(status))
+                    yield Leftover("blob", path, on_disk(status)), status.st_ctime
             self._next_shard = (self._next_shard + 1) % len(shards)
 
     def _named(self) -> set[Digest]:
@@ -142,9 +182,6 @@ class Leftovers:
             if not self._trees.view(name).exists() and (tree := self._trees.load(name)) is not None:
                 found.update(file.sha256 for file in tree.files)
         return found
-
-    def _is_old(self, moment: float) -> bool:
-        return time.time() - moment > self._grace_seconds
 
 
 def _unlinked(shard: Path) -> list[tuple[Path, os.stat_result]]:

@@ -65,6 +65,7 @@ class Loader:
         holds: Holds,
         store_of: Callable[[str], Awaitable[Store]],
         pending: Callable[[str, str, Caller], Entry | None],
+        hides: Callable[[str, Caller], bool],
         tree_of: Callable[[Entry, Report], Awaitable[tuple[TreeId, Tree]]],
     ) -> None:
         self._blobs = blobs
@@ -76,6 +77,7 @@ class Loader:
         self._holds = holds
         self._store_of = store_of
         self._pending = pending
+        self._hides = hides
         self._tree_of = tree_of
         self._assemblies: Flights[tuple[TreeId, str], Assembly, Tree] = Flights(group)
         self.tiers = {"disk": 0, "store": 0}  # of what was handed out, the farthest that had to be asked
@@ -106,7 +108,7 @@ class Loader:
             if old is not None:
                 await self._show(old.name, old.tree)
                 return Loaded(old.name, old.tree, old.reference, old.store_bytes)
-            kept = await References(store).get_late(key)
+            kept = await References(store).get_late(key, lambda save: self._hides(save, caller))
         place = (kept.tree, store_url)
         assembly = self._assemblies.board(place, lambda: Assembly(self, kept.tree, store))
         meter, before, spent = assembly.meter, assembly.meter.received_bytes, Spent()

@@ -220,8 +220,12 @@ class Partials:
 
     def size_bytes(self) -> int:
         """What unfinished downloads take on disk."""
+        total = 0
         with os.scandir(self._layout.partials) as files:
-            return sum(file.stat().st_blocks * 512 for file in files)
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # it was published meanwhile, or given up
+                    total += file.stat().st_blocks * 512
+        return total
 
     def close(self) -> None:
         self._flusher.shutdown(wait=False)

@@ -63,6 +63,7 @@ class _PendingJson(msgspec.Struct):
     key: str
     node: str = ""
     created_on: str = ""
+    save_id: str = ""
 
 
 class _NamingJson(msgspec.Struct):
@@ -167,11 +168,14 @@ class References:
             raise _not_found(key) from None
         return _kept(raw, key)
 
-    async def get_late(self, key: str) -> Kept:
-        """What `get` did not find, if it has arrived by now. ReferenceNotFound has `pending` in its data if a node is bringing it."""
+    async def get_late(self, key: str, is_hidden: Callable[[str], bool]) -> Kept:
+        """What `get` did not find, if it has arrived by now. ReferenceNotFound has `pending` in its data if a node is bringing it,
+        unless that save's id is one that nobody is to be told of."""
         try:
             record: _PendingJson | None = _pending_json.decode(await self._store.get(pending_key(key), MAX_REFERENCE_BYTES))
         except (MissingObject, msgspec.MsgspecError):
+            record = None
+        if record is not None and is_hidden(record.save_id):
             record = None
         try:  # only now: who brings it takes the record away when the reference is there
             return await self.get(key)

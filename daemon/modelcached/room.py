@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from .blobs import Blobs
@@ -86,7 +87,7 @@ class Room:
 
     async def run(self, needs: Mapping[Hashable, Left], who: str, work: Callable[[], Awaitable[T]]) -> T:
         """Does `work` with room for all of `needs`. If others take that room meanwhile, it is made again and the work goes on."""
-        async with self._reserved(needs, who):
+        async with self.reserved(needs, who):
             for _ in range(TRIES - 1):
                 try:
                     return await work()
@@ -98,14 +99,39 @@ class Room:
                         raise error from None
             return await work()
 
+    @asynccontextmanager
+    async def reserved(self, needs: Mapping[Hashable, Left], who: str, is_save: bool = False) -> AsyncIterator[None]:
+        """Room for all of `needs` as long as the block runs."""
+        async with self._turn:
+            if needs:
+                await self._admit(needs, who, is_save)
+            self._promises.update(needs)
+            self._counts.update(needs.keys())
+        try:
+            yield
+        finally:
+            self._counts.subtract(needs.keys())
+            for name in needs:
+                if not self._counts[name]:
+                    del self._counts[name], self._promises[name]
+            self._changed.set()
+
     async def admit_save(self, size: int, who: str) -> None:
         """Returns when so many bytes are free that nobody else was promised. The spool counts them from there on, in the same step."""
         async with self._turn:
             await self._admit({"save": lambda: size}, who, is_save=True)
 
-    def content(self, content: Content) -> tuple[Hashable, Left]:
-        """A need for bytes that come as a blob."""
-        return content, lambda: _left(self._layout, content)
+    def content(self, content: Content, is_here: Callable[[], bool] = lambda: False) -> tuple[Hashable, Left]:
+        """A need for bytes that come as a blob. `is_here` says so of one whose name is not known beforehand."""
+        return content, lambda: 0 if is_here() else _left(self._layout, content)
+
+    def file(self, path: Path, size: int) -> tuple[Hashable, Left]:
+        """A need for a file that is going to be written there."""
+        return path, lambda: _left_of(path, size)
+
+    def promised_downloads(self) -> set[str]:
+        """Names in partial/ that bytes were promised to: taking one of them away frees nothing."""
+        return {self._layout.partial(name).name for name in list(self._promises) if isinstance(name, Content)}
 
     async def disk(self) -> Disk:
         return await self._pool.run(self._look, list(self._promises.values()))
@@ -129,21 +155,6 @@ class Room:
         """What the cache may take in all."""
         room = max(0, disk.used + disk.free - self.limits.min_free - self.limits.checkpoint_reserve)
         return min(room, self.limits.max_size) if self.limits.max_size else room
-
-    @asynccontextmanager
-    async def _reserved(self, needs: Mapping[Hashable, Left], who: str) -> AsyncIterator[None]:
-        async with self._turn:
-            await self._admit(needs, who, is_save=False)
-            self._promises.update(needs)
-            self._counts.update(needs.keys())
-        try:
-            yield
-        finally:
-            self._counts.subtract(needs.keys())
-            for name in needs:
-                if not self._counts[name]:
-                    del self._counts[name], self._promises[name]
-            self._changed.set()
 
     async def _admit(self, needs: Mapping[Hashable, Left], who: str, is_save: bool) -> None:
         """Returns when it fits beside all that is promised; NoSpace says why it can't. Call it in `_turn`."""
@@ -218,8 +229,13 @@ def _left(layout: Layout, content: Content) -> int:
     """What a content still needs: nothing once it is a blob, and less while a download goes on."""
     if content.algorithm == "sha256" and layout.blob(Digest(content.hex)).exists():
         return 0
+    return _left_of(layout.partial(content), content.size)
+
+
+def _left_of(path: Path, size: int) -> int:
+    """What a file of that size still needs."""
     try:
-        here = os.stat(layout.partial(content)).st_blocks * 512
+        here = os.stat(path).st_blocks * 512
     except FileNotFoundError:
         here = 0
-    return max(0, content.size - here)
+    return max(0, size - here)

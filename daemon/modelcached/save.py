@@ -77,6 +77,7 @@ class Save:
         if tree is None:
             raise SaveUnknown(f"the tree {name[:12]} is not on this node", "ask for it again, then save it")
         save, alive = await self.open(caller, reference, 0, len(tree.files), "files", False, False, store)
+        save.entry.linked = True
         try:
             with disk_errors("saving what is here"):
                 await self._pool.run(self._link, save, tree)

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from . import durable
-from .blobs import Blobs
+from .blobs import UNREADABLE, Blobs
 from .errors import ModelcachedError
 from .layout import Layout
 from .leases import Leases
@@ -96,14 +96,11 @@ class Scrub:
 
     async def _finish_round(self) -> None:
         while self._round.shard < len(self._shards):
-            hot = await self._pool.run(self._hot)
-            found = await self._pool.run(_listed, self._shards[self._round.shard])
-            for digest, size in found:
-                if digest not in hot:
-                    await self._check(digest, size)
+            self._round.shard, cold = await self._pool.run(self._next)
+            for digest, size in cold:
+                await self._check(digest, size)
             self._round.shard += 1
-            if found or self._round.shard == len(self._shards):  # an empty shard is soon looked at again
-                await self._pool.run(self._write)
+            await self._pool.run(self._write)
 
     async def _check(self, digest: Digest, size: int) -> None:
         """Hashes one blob, and mends it if it lies. Between two pieces it rests as long as the rate says."""
@@ -111,7 +108,12 @@ class Scrub:
         loop = asyncio.get_running_loop()
         for start in range(0, size, PIECE_BYTES):
             began = loop.time()
-            count = await loop.run_in_executor(self._idle, _read_piece, path, start, sha256.update)
+            try:
+                count = await loop.run_in_executor(self._idle, _read_piece, path, start, sha256.update)
+            except OSError as error:
+                if error.errno not in UNREADABLE:
+                    raise
+                break  # what was hashed so far is not the blob
             if count is None:
                 return  # it went meanwhile
             self.scrubbed["bytes"] += count
@@ -126,6 +128,14 @@ class Scrub:
         self._note_damaged(digest)
         if await self._bring(digest, size):
             self.scrubbed["repaired"] += 1
+
+    def _next(self) -> tuple[int, list[tuple[Digest, int]]]:
+        """The next shard that is not empty, and which of its blobs nobody uses; or the last one (blocks)."""
+        number = self._round.shard
+        while not (found := _listed(self._shards[number])) and number + 1 < len(self._shards):
+            number += 1
+        hot = self._hot() if found else ()
+        return number, [(digest, size) for digest, size in found if digest not in hot]
 
     def _hot(self) -> set[Digest]:
         """What is in use: whoever reads it now should find it in memory, and the disk free (blocks)."""

@@ -192,7 +192,7 @@ class Service:
             raise InUse(f"{repo} is being fetched", "wait until that is done, then remove it again")
         self._fetch.forget()
         try:
-            return Reply(await self._upkeep.remove(repo, params.revision, self._fetch.wants))
+            return Reply(await self._upkeep.remove(repo, params.revision, lambda: self._fetch.is_running(repo)))
         finally:
             self._fetch.forget()
 

@@ -23,6 +23,7 @@ from .errors import ContentMismatch, IncompatibleReference, disk_errors
 from .exchange import Exchange
 from .flights import digest_if_right
 from .gather import Gather
+from .holds import Hand
 from .meter import Meter
 from .model import Commit, Digest, ListedFile, Repo, Tree, TreeFile, TreeId
 from .packs import PACKED_BYTES, Pack
@@ -85,15 +86,16 @@ class Sharing:
         files: list[ListedFile],
         here: dict[str, Digest],
         meter: Meter,
+        hand: Hand,
         from_hub: Callable[[ListedFile], Awaitable[None]],
     ) -> None:
-        """Every one of these files becomes a blob and is entered into `here`; `from_hub` does so for one."""
+        """Every one of these files becomes a blob in the hand and is entered into `here`; `from_hub` does so for one."""
         turn = self._turns.setdefault((repo, commit), asyncio.Lock())
         async with turn:
             claim: Claim | None = None
             try:
                 with self._exchange.suppressed():
-                    claim = await self._from_store(repo, commit, files, here, meter)
+                    claim = await self._from_store(repo, commit, files, here, meter, hand)
                 files = [file for file in files if file.path not in here]
                 await each(files, from_hub, FROM_HUB_AT_ONCE)
                 if files:
@@ -116,12 +118,14 @@ class Sharing:
     def statistics(self) -> dict[str, int]:
         return {**self._exchange.statistics(), "shared": self.shared}
 
-    async def _from_store(self, repo: Repo, commit: Commit, files: list[ListedFile], here: dict[str, Digest], meter: Meter) -> Claim | None:
+    async def _from_store(
+        self, repo: Repo, commit: Commit, files: list[ListedFile], here: dict[str, Digest], meter: Meter, hand: Hand
+    ) -> Claim | None:
         """Enters into `here` what the store has of these files. If something is left for the hub: the claim on it."""
         name = hashlib.sha256(msgspec.json.encode(["small files", *repo, commit])).hexdigest()
         claim: Claim | None = None
         try:
-            while files := await self._take_known(repo, commit, files, here, meter):
+            while files := await self._take_known(repo, commit, files, here, meter, hand):
                 if claim is not None or not await self._exchange.answered(self._exchange.store.has_conditions()):
                     kept, claim = claim, None
                     return kept
@@ -137,7 +141,7 @@ class Sharing:
                 self._exchange.release(claim)
 
     async def _take_known(
-        self, repo: Repo, commit: Commit, files: list[ListedFile], here: dict[str, Digest], meter: Meter
+        self, repo: Repo, commit: Commit, files: list[ListedFile], here: dict[str, Digest], meter: Meter, hand: Hand
     ) -> list[ListedFile]:
         """Takes out of the store what its records name; the files that are left."""
         named: dict[str, TreeFile] = {}
@@ -148,6 +152,7 @@ class Sharing:
             found = {path: file for path, file in found.items() if _agrees(file, wanted[path])}
             holding += _only(record.packs, found.keys())
             named |= found
+        hand.add(file.sha256 for file in named.values())
         missing = await self._pool.run(self._gather.missing, Tree(tuple(named.values())))
         try:
             await self._gather.bring(self._exchange.store, missing, holding, meter)

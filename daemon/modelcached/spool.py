@@ -71,6 +71,7 @@ class Entry(msgspec.Struct):
     links: list[tuple[str, str]]
     folders: list[str]
     format: int = ENTRY_FORMAT
+    linked: bool = False  # its files are further names of blobs: it takes nothing of a quota
 
     @property
     def key(self) -> str:
@@ -216,7 +217,7 @@ class Spool:
                 log.error("a save can't be read and is set aside", extra={"save": name, "error": str(error)})
                 self._move_aside(name)
         self._entries = {entry.id: entry for entry in sorted(found, key=lambda entry: entry.created)}
-        self._taken = {entry.id: (entry.uid, entry.size) for entry in found}
+        self._taken = {entry.id: (entry.uid, 0 if entry.linked else entry.size) for entry in found}
 
     def _read(self, name: str) -> Entry:
         folder = self._layout.spool_entry(name)
@@ -285,6 +286,10 @@ class Spool:
     def entries(self) -> list[Entry]:
         """What is not in its store yet, the oldest first."""
         return list(self._entries.values())
+
+    def entry(self, name: str) -> Entry | None:
+        """The save of that id, if it is on its way."""
+        return self._entries.get(name)
 
     def has(self, entry: Entry) -> bool:
         """Whether it is still on its way."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import shlex
+from collections.abc import Awaitable, Callable, Set
 from typing import NamedTuple
 
 from modelcache.protocol import Entry, RemoveReply, VerifyReply
 
 from .blobs import Blobs
 from .errors import InUse, LocalEntryNotFound
+from .holds import Holds
 from .leases import Holder, Leases
 from .meter import TICK_SECONDS, Meter, Report
-from .model import Digest, Repo, TreeFile, TreeId
+from .model import Digest, Repo, Tree, TreeFile, TreeId
+from .pins import Pins
 from .repos import Repos, Selected, Visibility
 from .tasks import Pool
 from .trees import Trees
+
+PULLED = "pulled "  # how the pins begin that `modelcache pull` leaves for a day: who removes what was pulled has changed his mind
 
 
 class Known(NamedTuple):
@@ -27,12 +32,25 @@ class Known(NamedTuple):
 
 
 class Upkeep:
-    def __init__(self, blobs: Blobs, trees: Trees, repos: Repos, leases: Leases, pool: Pool) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        trees: Trees,
+        repos: Repos,
+        leases: Leases,
+        pins: Pins,
+        holds: Holds,
+        pool: Pool,
+        drop: Callable[[TreeId, Tree | None], Awaitable[int]],
+    ) -> None:
         self._blobs = blobs
         self._trees = trees
         self._repos = repos
         self._leases = leases
+        self._pins = pins
+        self._holds = holds
         self._pool = pool
+        self._drop = drop  # takes a tree out of sight before its first await; the bytes freed
 
     async def known(self, repo_id: str | None = None) -> list[Known]:
         def look() -> list[Known]:
@@ -70,10 +88,10 @@ class Upkeep:
             )
         return entries
 
-    async def remove(self, repo: Repo, revision: str | None, is_wanted: Callable[[Digest], bool]) -> RemoveReply:
-        """Takes the repo, or one revision of it, off this node. InUse while a task holds a lease on a part of it (I4).
+    async def remove(self, repo: Repo, revision: str | None, is_running: Callable[[], bool]) -> RemoveReply:
+        """Takes the repo, or one revision of it, off this node. InUse while somebody holds a part of it (I4), or fetches it.
 
-        `is_wanted` tells blobs that somebody is about to show.
+        Somebody may come while it goes: then what he holds stays, and what has not gone yet.
         """
         everything = await self.known()
         mine = next((known for known in everything if known.repo == repo), None)
@@ -84,13 +102,15 @@ class Upkeep:
         if revision is not None and not shown:
             raise LocalEntryNotFound(f"no files of {repo}@{revision} are on this node", "see what is: modelcache ls")
         shared = {name for known in everything if known.repo != repo for name in known.shown}
-        self._refuse_held(repo, shown - shared)
-        for name in shown:
+        self._refuse_held(repo, shown - shared, is_running)
+        freed = 0
+        for name in sorted(shown):
+            tree = await self._pool.run(self._trees.load, name)
+            # No await between this look and the drop: who comes later finds no tree, and who came before is seen (I4).
+            self._refuse_held(repo, {name} - shared, is_running)
             self._repos.forget_shown(repo, name)
-        freed = 0  # nobody can be given a tree once it is dropped
-        for name in shown - shared:
-            discard = self._trees.drop(name, lambda digest: 0 if is_wanted(digest) else self._blobs.forget(digest))
-            freed += await self._pool.run(discard)
+            freed += 0 if name in shared else await self._drop(name, tree)
+        self._refuse_held(repo, set(), is_running)
         for known_ref in [name for name, ref in self._repos.refs(repo).items() if revision is None or ref.commit in commits]:
             self._repos.forget(repo, known_ref)
         if revision is None:
@@ -128,7 +148,13 @@ class Upkeep:
         tree = self._trees.load(name)
         return tree.files if tree else ()
 
-    def _refuse_held(self, repo: Repo, names: set[TreeId]) -> None:
+    def _refuse_held(self, repo: Repo, names: Set[TreeId], is_running: Callable[[], bool]) -> None:
+        if is_running() or any(name in self._holds for name in names):
+            raise InUse(f"{repo} is being fetched", "wait until that is done, then remove it again")
+        pins = [pin for name in names for pin in self._pins.holding(name) if not pin.name.startswith(PULLED)]
+        if pins:
+            who = ", ".join(sorted({f"{pin.name!r} of uid {pin.uid}" for pin in pins})[:3])
+            raise InUse(f"{repo} is pinned: {who}", f"modelcache unpin {shlex.quote(pins[0].name)}, then remove it again", pins=len(pins))
         holders = [holder for name in names for holder in self._leases.holders(name)]
         if holders:
             who = ", ".join(

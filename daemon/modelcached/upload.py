@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from .errors import (
 from .meter import Meter
 from .model import Caller, Digest, Tree, TreeId, is_owner
 from .references import blob_key, encode_pending, encode_reference, pending_key, reference_key
+from .room import Room
 from .spool import Entry, Spool
 from .store import Store
 from .tasks import Pool
@@ -60,6 +62,7 @@ class Upload:
         blobs: Blobs,
         depot: Depot,
         pool: Pool,
+        room: Room,
         store_of: Callable[[str], Awaitable[Store]],
         tree_of: Callable[[Entry], Awaitable[tuple[TreeId, Tree]]],
         backoff_seconds: float = 1.0,
@@ -68,6 +71,7 @@ class Upload:
         self._blobs = blobs
         self._depot = depot
         self._pool = pool
+        self._room = room
         self._store_of = store_of
         self._tree_of = tree_of
         self._backoff_seconds = backoff_seconds
@@ -89,6 +93,11 @@ class Upload:
         found = [entry for entry in self._spool.entries if (entry.key, entry.store) == (key, store)]
         mine = [entry for entry in found if entry.uid == caller.uid] or (found if is_owner(caller) else [])
         return max(mine, key=lambda entry: entry.created, default=None)
+
+    def hides(self, save: str, caller: Caller) -> bool:
+        """Whether a save, named by its id, waits here and is somebody else's: what the store says of it is not told either (I8)."""
+        entry = self._spool.entry(save)
+        return entry is not None and entry.uid != caller.uid and not is_owner(caller)
 
     def lost(self, key: str, caller: Caller) -> str | None:
         """Why a save of this caller was set aside since the daemon started."""
@@ -176,9 +185,12 @@ class Upload:
             await self._bring(entry)
         except SaveDamaged as error:
             log.error("a save is set aside", extra={"save": entry.id, "key": entry.key, "error": str(error)})
-            await self._pool.run(self._spool.set_aside, entry)
-            self._damaged[entry.key, entry.uid] = error.message
-            self._forget(entry)
+            async with self._announcing.setdefault(entry.store, asyncio.Lock()):
+                with contextlib.suppress(ModelcachedError, OSError):  # nobody brings it any more, and nobody is to be told so (I8)
+                    await (await self._store_of(entry.store)).delete(pending_key(entry.key))
+                await self._pool.run(self._spool.set_aside, entry)
+                self._damaged[entry.key, entry.uid] = error.message
+                self._forget(entry)
 
     async def _bring(self, entry: Entry) -> None:
         start = time.monotonic()
@@ -199,11 +211,14 @@ class Upload:
             await store.put_file(blob_key(digest), path, size, digest, sent, self._spool.sending(entry, digest))
             self.sent_bytes += size
 
+        def room_for(path: Path, size: int) -> AbstractAsyncContextManager[None]:
+            return self._room.reserved(dict([self._room.file(path, size)]), f"the upload of {entry.key}", is_save=True)
+
         try:
             self._named.add(entry.id)
             async with self._announcing.setdefault(entry.store, asyncio.Lock()):
                 await store.put(pending_key(entry.key), encode_pending(entry.reference, os.uname().nodename, name))
-            await self._depot.bring(store, name, tree, put_file, entry.storage_format == "tar")
+            await self._depot.bring(store, name, tree, put_file, entry.storage_format == "tar", room_for=room_for)
         except LocalMismatch:
             for digest in {file.sha256 for file in tree.files}:
                 await self._pool.run(self._blobs.check, digest)  # what lies is gone then, and made again from the spool if that can be

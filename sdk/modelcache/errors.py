@@ -20,7 +20,7 @@ ModelcacheError
 ├── NoSpaceError                      (OSError, ENOSPC)
 ├── StorageError                      (OSError)          the node's disk failed
 ├── NotPermittedError                 (PermissionError)
-├── InUseError                        (OSError, EBUSY)   a task holds a lease on it
+├── InUseError                        (OSError, EBUSY)   a task holds a lease on it, or it is pinned
 ├── ViewNotVisibleError               (FileNotFoundError)  the daemon's path is not this path here: a mount is missing
 ├── HFValidationError                 (ValueError)       not the id of a repo; nobody was asked
 ├── LocalTokenNotFoundError           (OSError)          `token=True`, and no token is to be found

@@ -123,7 +123,7 @@ class Entry(NamedTuple):
 
 
 class Remove(NamedTuple):
-    """Removes a repo (one revision of it) from this node (method `rm`). Reply: RemoveReply. `in_use` while leased."""
+    """Removes a repo (one revision of it) from this node (method `rm`). Reply: RemoveReply. `in_use` while held."""
 
     repo_id: str
     repo_type: str = "model"
