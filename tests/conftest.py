@@ -34,6 +34,11 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 BLOCKED_SECONDS = 1.0  # a step of the event loop that takes longer fails its test; a laptop's disk may sync for half of it
 LEAVING_SECONDS = 5.0  # what a process that was told to end gets before it counts as left behind
 
+# What runs in the background of a script, or under nohup, ignores these, and so would every program that a test starts.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
+
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if IN_CI else "default")
