@@ -140,8 +140,10 @@ class Daemon:
         self._launch()
 
     def check_no_temp_files(self) -> None:
-        """Nothing half-made lies around. True of a daemon that ended, or one with nothing to do."""
-        left = sorted(os.listdir(self.root / "tmp"))
+        """Nothing half-made lies around. True of a daemon that ended, and soon of one with nothing to do: the scrub notes how far it is."""
+        deadline = time.monotonic() + END_SECONDS
+        while (left := sorted(os.listdir(self.root / "tmp"))) and self.is_running and time.monotonic() < deadline:
+            time.sleep(0.01)  # it tells nobody
         if left:
             raise self._error(f"left in {self.root / 'tmp'}: {', '.join(left[:5])}")
 
