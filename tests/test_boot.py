@@ -6,6 +6,7 @@ What the kernel and systemd make of the hardening is asked of the running daemon
 from __future__ import annotations
 
 import json
+import re
 import sys
 import sysconfig
 import tempfile
@@ -25,7 +26,6 @@ TASK = 4711  # a user the machine has never heard of, as a container's may be
 USER = 4712
 CAP_LEASE = 1 << 28
 VENV = "/opt/modelcached"
-METRICS = "/run/modelcached/metrics.sock"
 TREE: Tree = {"config.json": b"{}", "model.safetensors": Random("boot", 3_000_000)}
 UNIT = "modelcached.service"
 
@@ -61,7 +61,7 @@ def machine(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             shown[sys.base_prefix] = Path(sys.base_prefix)
             python = f"{sys.base_prefix}/bin/{Path(python).name}"
         (tree / "etc/modelcached").mkdir()
-        config = f'hub_endpoint = "{the_hub.endpoint}"\nmin_free = "64MiB"\nmetrics = "unix:{METRICS}"\n'
+        config = f'hub_endpoint = "{the_hub.endpoint}"\nmin_free = "64MiB"\nmetrics = "127.0.0.1:0"\n'
         (tree / "etc/modelcached/modelcached.toml").write_text(config)
         for source in shown:
             (tree / source[1:]).mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,9 @@ def test_told_command_starts_it_ready_and_enabled(daemon: Booted) -> None:
 
 def test_metrics_of_the_daemons_process(daemon: Booted) -> None:
     """What the sandbox hides from it must not be what they need."""
-    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b'GET /metrics HTTP/1.0\\r\\n\\r\\n')"
-    read = "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
-    said = daemon.run(f"{VENV}/bin/python", "-c", f"{code}; {read}", METRICS)
+    address = re.findall(r"event=metrics address=(\S+)", daemon.run("journalctl", "--no-pager", f"--unit={UNIT}"))[-1]
+    read = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+    said = daemon.run(f"{VENV}/bin/python", "-c", read, f"http://{address}/metrics")
     assert "process_resident_memory_bytes" in said and "process_open_fds" in said and "modelcached_disk_free_bytes" in said
 
 
