@@ -105,7 +105,7 @@ def test_metrics_of_the_daemons_process(daemon: Booted) -> None:
     """What the sandbox hides from it must not be what they need."""
     address = re.findall(r"event=metrics address=(\S+)", daemon.run("journalctl", "--no-pager", f"--unit={UNIT}"))[-1]
     read = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
-    said = daemon.run(f"{VENV}/bin/python", "-c", read, f"http://{address}/metrics")
+    said = daemon.run(f"{VENV}/bin/python", "-c", read, address)
     assert "process_resident_memory_bytes" in said and "process_open_fds" in said and "modelcached_disk_free_bytes" in said
 
 
