@@ -100,6 +100,11 @@ class Daemon:
         """For a client's process."""
         return clean_environment(MODELCACHE_SOCKET=self.socket)
 
+    @property
+    def memory_bytes(self) -> int:
+        """What it has in memory now (RSS)."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def status(self) -> dict[str, Any]:
         """Its reply to `status`, over a connection of its own."""
         from modelcache.client import Client

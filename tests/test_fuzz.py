@@ -247,8 +247,7 @@ class Watch:
                 return bool(status["connections"] == 1 and status["requests"] == 1 and status["spool"]["saves"] == 0)
 
             until(is_quiet)
-            rss = int(Path(f"/proc/{self._daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            return len(os.listdir(f"/proc/{self._daemon.pid}/fd")), rss
+            return len(os.listdir(f"/proc/{self._daemon.pid}/fd")), self._daemon.memory_bytes
 
 
 def fuzz(folder: Path, warm_up: int, messages: int) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from .daemon import Daemon
 from .saves import MIB, until
-from .test_many_callers import memory
 
 MANY = 1_000_000
 FLAT_BYTES = 16 * MIB
@@ -30,9 +29,9 @@ def test_a_million_blobs(tmp_path: Path) -> None:
     _make(tmp_path / "root", b"one that is not empty", os.urandom(MIB))
     begun = time.perf_counter()
     with Daemon.start(tmp_path / "root", scrub_rate=0) as daemon:  # their names are no hashes of theirs
-        ready, before = time.perf_counter() - begun, memory(daemon)
+        ready, before = time.perf_counter() - begun, daemon.memory_bytes
         until(lambda: daemon.status()["room"]["is_counted"], 120)
-        counted, after = time.perf_counter() - begun, memory(daemon)
+        counted, after = time.perf_counter() - begun, daemon.memory_bytes
         print(f"ready after {ready:.2f} s, counted after {counted:.1f} s, RSS {before / MIB:.0f} -> {after / MIB:.0f} MiB")
         assert daemon.status()["room"]["used_bytes"] == MIB
         assert after - before <= FLAT_BYTES

@@ -76,22 +76,18 @@ def test_a_thousand_idle_and_two_hundred_at_work(tmp_path: Path, is_held: bool) 
         work = Callers(callers, {"repo_id": "org/warm", "held": [tree] if is_held else []})
         work.run(RATE)  # warms up
         work.seconds.clear()
-        rss, spent, begun = memory(daemon), cpu(daemon), time.perf_counter()
+        rss, spent, begun = daemon.memory_bytes, cpu(daemon), time.perf_counter()
         work.run(RATE * SECONDS)
         took, spent = time.perf_counter() - begun, cpu(daemon) - spent
         done = sorted(work.seconds)
         print(
             f"{len(done) / took:.0f} requests/s, p50 {done[len(done) // 2] * 1e3:.2f} ms, p99 {done[len(done) * 99 // 100] * 1e3:.2f} ms, "
-            f"CPU {spent / len(done) * 1e3:.2f} ms each, RSS {rss >> 20} -> {memory(daemon) >> 20} MiB, load {os.getloadavg()[0]:.1f}"
+            f"CPU {spent / len(done) * 1e3:.2f} ms each, RSS {rss >> 20} -> {daemon.memory_bytes >> 20} MiB, load {os.getloadavg()[0]:.1f}"
         )
-        assert memory(daemon) - rss <= 16 << 20
+        assert daemon.memory_bytes - rss <= 16 << 20
         assert first.call("status")["result"]["requests"] == 1
         stack.close()
         until(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= descriptors)
-
-
-def memory(daemon: Daemon) -> int:
-    return int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu(daemon: Daemon) -> float:

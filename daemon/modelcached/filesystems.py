@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .errors import NoSpace
-
 # flock, inotify and hard links mean something else there: other hosts, or no kernel, stand behind them.
 NOT_LOCAL = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "afs", "glusterfs", "fuse", "virtiofs", "sshfs", "beegfs")
 
@@ -32,19 +30,6 @@ def is_local(path: Path) -> bool:
 def free_bytes(root: Path) -> int:
     disk = os.statvfs(root)
     return disk.f_bavail * disk.f_frsize
-
-
-def require_room(root: Path, size: int, min_free: int, who: str) -> None:
-    """Refuses at once what can't fit, sizes in bytes (I6)."""
-    free = free_bytes(root)
-    if size > free - min_free:
-        raise NoSpace(
-            f"{who} needs {gib(size)} more; {root} has {gib(free)} free, and keeps {gib(min_free)} free (min_free)",
-            "remove repos (modelcache ls, modelcache rm), ask for fewer files with patterns, or give the cache a larger disk",
-            needed_bytes=size,
-            free_bytes=free,
-            min_free_bytes=min_free,
-        )
 
 
 def gib(size: int) -> str:
