@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from modelcached.tasks import BEHIND_NICE, Pool, settled
+from modelcached.tasks import BEHIND_NICE, Pool, settled, within
 
 
 async def test_results_and_errors_come_back() -> None:
@@ -116,6 +116,24 @@ async def test_no_more_threads_than_said() -> None:
     await asyncio.gather(*(pool.run(work) for _ in range(12)))
     assert most == 3
     pool.close()
+
+
+async def test_within_waits_no_longer() -> None:
+    await within(0.01, asyncio.Event().wait())
+    await within(None, asyncio.sleep(0))
+    with pytest.raises(ZeroDivisionError):
+        await within(10, asyncio.to_thread(divmod, 7, 0))
+
+
+async def test_within_keeps_the_cancellation() -> None:
+    """Else a loop that is woken in the moment when the daemon ends would never end."""
+    event = asyncio.Event()
+    waiter = asyncio.create_task(within(10, event.wait()))
+    await asyncio.sleep(0)
+    event.set()  # what it waits for has come, and it has not been told yet
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
 
 
 @pytest.mark.parametrize("outcome", ["result", "error", "cancelled"])

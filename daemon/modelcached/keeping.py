@@ -46,6 +46,7 @@ from .references import check_key, encode_reference
 from .save import MAX_FILES, Save
 from .spool import Spool
 from .stores import Stores
+from .tasks import within
 from .trees import Trees
 from .upload import Upload
 
@@ -246,9 +247,7 @@ class Keeping:
         wanted = {entry.key for entry in self._upload.pending(caller.uid) if params.keys is None or entry.key in params.keys}
         showing = asyncio.create_task(self._show(caller, wanted, report))
         try:
-            await asyncio.wait_for(self._upload.flushed(wanted), params.deadline_seconds)
-        except TimeoutError:
-            pass
+            await within(params.deadline_seconds, self._upload.flushed(wanted))
         finally:
             showing.cancel()
         lost = {key: why for key in wanted.union(params.keys or ()) if (why := self._upload.lost(key, caller)) is not None}

@@ -23,7 +23,7 @@ from .layout import Layout
 from .model import Content, Digest
 from .partials import Partials
 from .spool import Spool
-from .tasks import Pool
+from .tasks import Pool, within
 
 T = TypeVar("T")
 Left = Callable[[], int]  # how many bytes of something are still to come onto the disk (blocks)
@@ -146,10 +146,7 @@ class Room:
     async def changed(self, seconds: float) -> None:
         """Returns when a promise has ended, or after so long."""
         self._changed.clear()
-        try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except TimeoutError:
-            pass
+        await within(seconds, self._changed.wait())
 
     def _room(self, disk: Disk) -> int:
         """What the cache may take in all."""

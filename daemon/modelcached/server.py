@@ -6,18 +6,17 @@ Nobody is refused without being told why; a daemon that has run out of descripto
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import socket
 import time
-from collections.abc import Awaitable
 
 from modelcache.protocol import Hello
 
 from .admission import Admission
 from .connection import HELLO, Connection, Service, Traffic, credentials
 from .errors import TooMany
+from .tasks import within
 from .verbs import Verb
 
 FLUSH_SECONDS = 1.0  # what a client gets at shutdown to read its last replies
@@ -68,11 +67,11 @@ class Server:
         """Ends in order: new requests are refused, running ones get `seconds`, then they are cancelled; every connection is closed."""
         self.stop_accepting()
         self._traffic.is_draining = True
-        await _within(seconds, self._traffic.no_requests.wait())
+        await within(seconds, self._traffic.no_requests.wait())
         connections = tuple(self._traffic.connections)
         for connection in connections:
             connection.abandon_requests()
-        await _within(FLUSH_SECONDS, asyncio.gather(*(connection.outbox.flushed.wait() for connection in connections)))
+        await within(FLUSH_SECONDS, asyncio.gather(*(connection.outbox.flushed.wait() for connection in connections)))
         for connection in connections:
             connection.end()
 
@@ -128,10 +127,3 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<Server {self._traffic.counts()}>"
-
-
-async def _within(seconds: float, waiting: Awaitable[object]) -> None:
-    """Waits, but no longer."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await waiting

@@ -76,6 +76,13 @@ async def each(items: Iterable[Item], work: Callable[[Item], Awaitable[object]],
         raise errors.exceptions[0] from None
 
 
+async def within(seconds: float | None, waiting: Awaitable[object]) -> None:
+    """Waits, but no longer. Not `asyncio.wait_for`: in Python 3.11 that one forgets a cancelling which meets the result."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await waiting
+
+
 def behind(group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> asyncio.Task[None] | None:
     """Starts what nobody waits for, so its failure ends nobody else. None when the group takes no new tasks: the daemon ends."""
     guarded = _told_to_the_log(work)
