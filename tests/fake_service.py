@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modelcache.protocol import PROTOCOL_VERSION, HelloReply, Progress
-from modelcached import errors
-from modelcached.command import main
+from modelcached import command, errors
 from modelcached.config import Config
 from modelcached.connection import Service, Traffic
 from modelcached.model import Caller, Reply
@@ -75,6 +74,7 @@ class FakeService:
         "news": Count,
         "unsendable": Nothing,
         "end_background": Nothing,
+        "cling": Nothing,  # from now on the daemon does not end
     }
     taking: frozenset[str] = frozenset()
     is_busy = False
@@ -84,6 +84,7 @@ class FakeService:
         self._counts = traffic.counts
         self._events: dict[str, asyncio.Event] = {}
         self.ended = asyncio.Event()
+        self.clings = asyncio.Event()
 
     def reload(self, config: Config) -> None:
         self.config = config
@@ -175,6 +176,10 @@ class FakeService:
         self.ended.set()
         return Reply({})
 
+    async def _cling(self, *_: Any) -> Reply:
+        self.clings.set()
+        return Reply({})
+
 
 async def build(
     config: Config,
@@ -191,7 +196,14 @@ async def build(
         await service.ended.wait()
         raise RuntimeError("a background task died")
 
+    async def cling_when_asked() -> None:
+        await service.clings.wait()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
     _ = background.create_task(fail_when_asked())
+    _ = background.create_task(cling_when_asked())
     closing.callback(print, "closed last", file=sys.stderr, flush=True)
     return service
 
@@ -365,4 +377,5 @@ def daemon(*flags: str, environment: Mapping[str, str] | None = None) -> Iterato
 
 
 if __name__ == "__main__":
-    sys.exit(main(build=build))
+    command.OVERTIME_SECONDS = float(os.environ.get("OVERTIME_SECONDS", command.OVERTIME_SECONDS))
+    sys.exit(command.main(build=build))

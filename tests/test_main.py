@@ -298,6 +298,17 @@ def test_requests_that_take_too_long_are_told(folder: Path) -> None:
     running.kill()
 
 
+def test_what_does_not_end_is_named(folder: Path) -> None:
+    running = Daemon(folder, "--shutdown-seconds", "0", environment={"OVERTIME_SECONDS": "0.1"})
+    with Client(running.socket) as client:
+        client.call("cling")
+    running.ask_to_end()
+    assert running.wait() == 1
+    log = running.log.read_text()
+    assert "something does not end" in log and "cling_when_asked > Event.wait" in log, log
+    running.kill()
+
+
 def test_second_signal_ends_at_once(started: Daemon) -> None:
     with Client(started.socket) as client, Client(started.socket) as other:
         client.request("wait", name="end")

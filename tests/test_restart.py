@@ -72,6 +72,7 @@ def supervisor(shared_tmp_path: Path, hub: Hub) -> Iterator[Supervisor]:
     running = Supervisor(shared_tmp_path, hub)
     yield running
     running.close()
+    print(running.log.read_text())  # seen when the test fails
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["orderly", "killed"])

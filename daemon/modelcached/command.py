@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextvars import Context
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -160,7 +160,7 @@ def _end_on_signals(stop: asyncio.Event, shutdown_seconds: float) -> None:
             logger.warning("asked again: ending at once")
             os._exit(EXIT_FAILED)  # what is on disk is sound at any time
         stop.set()
-        overtime = threading.Timer(shutdown_seconds + OVERTIME_SECONDS, _end_overtime)
+        overtime = threading.Timer(shutdown_seconds + OVERTIME_SECONDS, _end_overtime, [asyncio.get_running_loop()])
         overtime.daemon = True
         overtime.start()
 
@@ -189,9 +189,19 @@ def _reload_on_signal(settings: Config, service: Service, notifier: Notifier, re
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def _end_overtime() -> NoReturn:
-    logger.critical("something does not end: ending without it")
+def _end_overtime(loop: asyncio.AbstractEventLoop) -> NoReturn:
+    waiting = sorted(" > ".join(_calls(task)) for task in asyncio.all_tasks(loop))
+    logger.critical("something does not end: ending without it", extra={"tasks": waiting})
+    faulthandler.dump_traceback()
     os._exit(EXIT_FAILED)
+
+
+def _calls(task: asyncio.Task[Any]) -> Iterator[str]:
+    """The functions that a task is in, from the outside; the last one is what it waits for."""
+    inner: Any = task.get_coro()
+    while inner is not None:
+        yield getattr(inner, "__qualname__", None) or repr(inner)
+        inner = getattr(inner, "cr_await", None) or getattr(inner, "ag_await", None)
 
 
 async def _be_watched(notifier: Notifier, seconds: float) -> None:
