@@ -220,7 +220,30 @@ def test_links_stand_for_units(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/last.ckpt").symlink_to("epoch=0-step=30.ckpt")
     (tmp_path / "checkpoints/away.ckpt").symlink_to("/epoch=0-step=30.ckpt")
     (unit,) = found(tmp_path)
-    assert (unit.path, unit.aliases) == (path, (("checkpoints/last.ckpt", "epoch=0-step=30.ckpt"),))
+    assert (unit.path, unit.aliases, unit.extra) == (path, (("checkpoints/last.ckpt", "epoch=0-step=30.ckpt"),), "")
+
+
+def test_a_last_link_is_the_newest_ones_before_it_says_so(tmp_path: Path) -> None:
+    """Lightning writes the link after the checkpoint: one killed in between left it at the checkpoint before."""
+    path, _, files = WHOLE["lightning"]
+    write(tmp_path, files)
+    (tmp_path / "checkpoints/last.ckpt").symlink_to("epoch=0-step=20.ckpt")
+    (tmp_path / "checkpoints/other.ckpt").symlink_to("epoch=0-step=20.ckpt")
+    (unit,) = found(tmp_path)
+    assert (unit.path, unit.aliases) == (path, (("checkpoints/last.ckpt", "epoch=0-step=20.ckpt"),))
+
+
+def test_the_copy_of_the_newest_is_known(tmp_path: Path) -> None:
+    path, _, files = WHOLE["lightning"]
+    (content,) = files.values()
+    write(tmp_path, {**files, "checkpoints/last.ckpt": content, "checkpoints/last-v1.ckpt": content, "last.ckpt": content})
+    os.utime(tmp_path / "checkpoints/last.ckpt", (1, 1))
+    assert {unit.path: unit.extra for unit in found(tmp_path)} == {
+        path: "checkpoints/last-v1.ckpt",
+        "checkpoints/last-v1.ckpt": "",
+        "checkpoints/last.ckpt": "",
+        "last.ckpt": "",
+    }
 
 
 def test_a_last_one_that_is_a_file_is_a_unit(tmp_path: Path) -> None:

@@ -150,12 +150,34 @@ def test_files_trackers_and_links(world: World) -> None:
         (world.out / "logs/latest").unlink()  # a resume that was killed before it came to that
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_the_copy_of_the_newest_is_there_as_well(world: World, is_folder: bool) -> None:
+    """Lightning writes it last: without it, `ckpt_path="last"` starts from nothing on a node that has the numbered one only."""
+    unit, extra = "logs/epoch=1-step=20.ckpt", "logs/last.ckpt"
+    fill(world.source, {f"{unit}/rank-0" if is_folder else unit: b"weights"})
+    world.keep(world.source / unit, layout="lightning", extra=extra)
+    assert world.restore() is not None
+    for path in (unit, extra):
+        made = world.out / path
+        assert (made / "rank-0" if is_folder else made).read_bytes() == b"weights"
+        assert not made.is_symlink() and made.stat().st_mtime == WRITTEN
+    restored = world.restore()  # and neither is news
+    assert restored is not None and restored.was_there and world.said == []
+    if not is_folder:
+        (world.out / extra).write_bytes(b"one before")  # on the node where it was trained: the trainer's own business
+        touch(world.out / extra, WRITTEN - 1)
+        assert world.restore() is not None
+        assert (world.out / extra).read_bytes() == b"one before"
+
+
 @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", "", "a/../../x", "x\0y"])
 def test_no_name_leads_out(world: World, path: str) -> None:
     if path:
         world.trained(20, WRITTEN + 2, unit=path)
     world.trained(20, WRITTEN + 1, companions={path: "text"})
     world.trained(20, WRITTEN + 1, aliases={path: "checkpoint-20"})
+    if path:
+        world.trained(20, WRITTEN + 1, extra=path)
     world.trained(10)
     restored = world.restore()
     assert restored is not None and restored.unit == "checkpoint-10"

@@ -27,7 +27,8 @@ from .trainers import pace_of
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 SCRIPTS = ROOT / "tests" / "trainers"
-TRAINERS = ["hf_trainer", "accelerate_loop", "lightning_fit", "dcp_loop", "plain_loop safetensors", "plain_loop torch"]
+TRAINERS = ["hf_trainer", "accelerate_loop", "lightning_fit", "lightning_fit copy", "dcp_loop"]
+TRAINERS += ["plain_loop safetensors", "plain_loop torch"]
 DEADLINE = "12"  # seconds for the end of a watch; quiet lasts for a third of it at most then
 SEED = int(os.environ.get("MODELCACHE_TEST_SEED") or random.randrange(1 << 32))
 

@@ -16,6 +16,7 @@ from typing import AbstractSet, Dict, List, NamedTuple, Optional, Sequence, Tupl
 from . import layouts
 from .layouts import Rule
 from .scanning import FILE, FOLDER, LINK, OTHER, Entry, Scan, joined, shown
+from .units import is_extra
 
 Entries = Tuple[Tuple[str, Entry], ...]
 
@@ -28,7 +29,8 @@ class Unit(NamedTuple):
     entries: Entries  # the unit and everything in it, by path in the watched folder
     settle: float  # seconds
     problem: str  # why it is not complete, as far as names tell; "" if nothing speaks against it
-    aliases: Tuple[Tuple[str, str], ...]  # links beside it that stand for it: path, target
+    aliases: Tuple[Tuple[str, str], ...]  # links beside it that stand for it, or for the newest: path, target
+    extra: str  # the copy of the newest one that its trainer keeps beside it (`units.is_extra`); "" if there is none
 
     @property
     def signature(self) -> int:
@@ -138,7 +140,8 @@ def _unit(scan: Scan, path: str, rule: Rule) -> Unit:
     name = path.rpartition("/")[2]
     settle = rule.settle_ranks if rule.settle_ranks and _ranks(scan, path, rule) > 1 else rule.settle
     problem = _unsaveable(entries) or _missing(scan, path, rule)
-    return Unit(path, scan.entries[path].kind, rule, layouts.step_of(rule, name), entries, settle, problem, _aliases(scan, path))
+    step = layouts.step_of(rule, name)
+    return Unit(path, scan.entries[path].kind, rule, step, entries, settle, problem, _aliases(scan, path), _extra(scan, path))
 
 
 def _unsaveable(entries: Entries) -> str:
@@ -209,6 +212,19 @@ def _aliases(scan: Scan, path: str) -> Tuple[Tuple[str, str], ...]:
     found: Dict[str, str] = {}
     for name in scan.names.get(folder, ()):
         entry = scan.entries[joined(folder, name)]
-        if entry.kind == LINK and not entry.target.startswith("/") and os.path.normpath(joined(folder, entry.target)) == path:
+        is_its = not entry.target.startswith("/") and os.path.normpath(joined(folder, entry.target)) == path
+        if entry.kind == LINK and (is_its or (_has_extras(path) and is_extra(name))):
             found[joined(folder, name)] = entry.target
     return tuple(sorted(found.items()))
+
+
+def _extra(scan: Scan, path: str) -> str:
+    folder = path.rpartition("/")[0]
+    found = (joined(folder, name) for name in scan.names.get(folder, ()) if _has_extras(path) and is_extra(name))
+    alike = (other for other in found if scan.entries[other].kind == scan.entries[path].kind)
+    return max(alike, key=lambda other: scan.entries[other].mtime_ns, default="")
+
+
+def _has_extras(path: str) -> bool:
+    """Whether Lightning may keep a link to it, or a copy of it, beside it: written after it, so it may still stand for the one before."""
+    return path.endswith(".ckpt") and not is_extra(path)

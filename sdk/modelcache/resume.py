@@ -75,6 +75,7 @@ class _Place:
         self._target = os.path.join(directory, self._unit)
         self._companions = {_inside(path, reference): str(text) for path, text in dict(reference.get("companions") or {}).items()}
         self._aliases = [_inside(path, reference) for path in reference.get("aliases") or ()]
+        self._extras = [_inside(path, reference) for path in (reference.get("extra"),) if path]
 
     def put(self, layout: str) -> Optional[Restored]:
         leftovers.sweep(self._directory)
@@ -106,12 +107,7 @@ class _Place:
 
     def _bring(self, source: str) -> None:
         with leftovers.beside(self._directory) as temporary:
-            made = os.path.join(temporary, "unit")
-            if os.path.isdir(source):
-                files.copy_tree(source, made)
-            else:
-                files.copy_file(source, made)
-            _make_old(made, references.written_ns(self._reference))
+            made = self._copy(source, temporary)
             os.makedirs(os.path.dirname(self._target), exist_ok=True)
             if os.path.lexists(self._target):  # a folder can't be replaced by a rename
                 if _is_part(self._target, made):  # what rotation left of the same one
@@ -120,8 +116,25 @@ class _Place:
                     self._set_aside(self._unit)
             os.rename(made, self._target)
 
+    def _copy(self, source: str, temporary: str) -> str:
+        """The user's own copy of it, for a rename."""
+        made = os.path.join(temporary, "unit")
+        if os.path.isdir(source):
+            files.copy_tree(source, made)
+        else:
+            files.copy_file(source, made)
+        _make_old(made, references.written_ns(self._reference))
+        return made
+
     def _name(self) -> None:
         """What the trainer looks at to find the unit."""
+        for path in self._extras:
+            place = os.path.join(self._directory, path)
+            if not os.path.lexists(place):  # no link: the trainer would write the next one through it
+                with leftovers.beside(self._directory) as temporary:
+                    made = self._copy(self._target, temporary)
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                    os.rename(made, place)
         for path, text in self._companions.items():
             place = os.path.join(self._directory, path)
             if _text_of(place) != text:

@@ -142,6 +142,7 @@ def capture(folder: int, unit: Unit, shown_folder: str, reference: Dict[str, Any
             "written_ns": unit.written_ns,
             "companions": gates.companions(unit),
             "aliases": dict(unit.aliases),
+            "extra": unit.extra,
         }
         return saving.keep_source(source, fields, gates.metadata(folder, unit), Patience(source, _quietly, tries=_TRIES), store)
 

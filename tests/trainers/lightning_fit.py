@@ -1,4 +1,4 @@
-"""Lightning with its ModelCheckpoint: `python lightning_fit.py OUT`. Resumes from `last.ckpt`, a link, if there is one."""
+"""Lightning with its ModelCheckpoint: `python lightning_fit.py OUT [copy]`. Resumes from `last.ckpt`, a link or a copy, if there is one."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Module(lightning.LightningModule):
 
 
 out = sys.argv[1]
+save_last = True if sys.argv[2:] == ["copy"] else "link"
 lightning.seed_everything(7, verbose=False)
 # The same batch every time: in the middle of an epoch Lightning begins again with the data, and goes on with everything else.
 data = torch.utils.data.TensorDataset(torch.randn(4, 8).repeat(pace.STEPS, 1))
@@ -41,7 +42,7 @@ module = Module()
 trainer = lightning.Trainer(
     accelerator="cpu",
     max_steps=pace.STEPS,
-    callbacks=[ModelCheckpoint(out, every_n_train_steps=pace.SAVE_EVERY, save_top_k=2, monitor="step", mode="max", save_last="link")],
+    callbacks=[ModelCheckpoint(out, every_n_train_steps=pace.SAVE_EVERY, save_top_k=2, monitor="step", mode="max", save_last=save_last)],
     logger=False,
     enable_progress_bar=False,
     enable_model_summary=False,
