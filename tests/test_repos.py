@@ -158,11 +158,10 @@ def test_forget(layout: Layout) -> None:
         repos.set_digest(repo, OID, DIGEST)
         repos.set_shown(repo, TreeId("e" * 64), Selected(COMMIT, None, None, None))
     repos.forget(REPO, "main")
-    repos.forget_listing(REPO, COMMIT)
     repos.forget_shown(REPO, TreeId("e" * 64))
     for again in (repos, Repos(layout)):
         assert [*again.refs(REPO)] == ["other"] and again.ref(REPO, "main") is None
-        assert again.listing(REPO, COMMIT) is None and again.shown(REPO) == {} and again.visibility(REPO) is not None
+        assert again.shown(REPO) == {} and again.visibility(REPO) is not None
     repos.forget(REPO)
     for again in (repos, Repos(layout)):
         assert again.visibility(REPO) is None and again.refs(REPO) == {} and again.digest(REPO, SMALL) is None

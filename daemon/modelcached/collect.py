@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from modelcache.protocol import GcStoreReply
 
 from .errors import IncompatibleReference, MissingObject
-from .gc_claim import Claim, claimed
+from .gc_claim import GcClaim, claimed
 from .meter import Meter, Report, ticking
 from .model import TreeId, is_commit, is_digest
 from .references import MAX_REFERENCE_BYTES, MAX_TREE_BYTES, decode_record, named_tree, tree_key
@@ -104,7 +104,7 @@ class _Run:
             if len(self.keys) < MAX_LISTED:
                 self.keys.append(found.key)
 
-    async def delete(self, claim: Claim) -> None:
+    async def delete(self, claim: GcClaim) -> None:
         await self._mark()
         batch: list[tuple[Object, str]] = []
         async for candidate in self._candidates():
@@ -128,7 +128,7 @@ class _Run:
                 else:
                     self.kept[kind].add(found)
 
-    async def _round(self, claim: Claim, batch: list[tuple[Object, str]]) -> list[tuple[Object, str]]:
+    async def _round(self, claim: GcClaim, batch: list[tuple[Object, str]]) -> list[tuple[Object, str]]:
         """Deletes what is still not named and still old; returns what there was no time for."""
         await claim.begin_round()
         await self._mark()

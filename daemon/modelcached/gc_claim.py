@@ -50,7 +50,7 @@ class _ClaimJson(msgspec.Struct):
 _claim_json = msgspec.json.Decoder(_ClaimJson)
 
 
-class Claim:
+class GcClaim:
     """One that is held. `_saying` makes its writers take turns: every object replaces the one before it."""
 
     def __init__(self, store: Store, has_conditions: bool) -> None:
@@ -172,7 +172,7 @@ class Claim:
 
 
 @contextlib.asynccontextmanager
-async def claimed(store: Store, is_alone: bool, waiting: Callable[[str], None]) -> AsyncIterator[Claim]:
+async def claimed(store: Store, is_alone: bool, waiting: Callable[[str], None]) -> AsyncIterator[GcClaim]:
     """Holds the claim while the block runs. InUse if another collection runs; one that stands still is waited for, and replaced.
 
     A store that ignores conditions can't say who was first: there, the caller has to know (`is_alone`).
@@ -183,7 +183,7 @@ async def claimed(store: Store, is_alone: bool, waiting: Callable[[str], None]) 
             f"{store.url} ignores conditional writes, so nobody can tell whether another collection runs",
             "when you know that none does: modelcache gc-store --alone",
         )
-    claim = Claim(store, has_conditions)
+    claim = GcClaim(store, has_conditions)
     await claim._take(waiting)
     renewing = asyncio.create_task(claim._renew())
     try:
@@ -193,7 +193,7 @@ async def claimed(store: Store, is_alone: bool, waiting: Callable[[str], None]) 
         await asyncio.shield(asyncio.ensure_future(_end(claim, renewing)))
 
 
-async def _end(claim: Claim, renewing: asyncio.Task[None]) -> None:
+async def _end(claim: GcClaim, renewing: asyncio.Task[None]) -> None:
     async with claim._saying:  # not in the middle of a word
         renewing.cancel()
     await claim._release()

@@ -229,10 +229,6 @@ class Repos:
         for memory in (self._refs, self._visibility, self._admitted, self._listings, self._oids):
             memory.clear()
 
-    def forget_listing(self, repo: Repo, commit: Commit) -> None:
-        self._layout.listing(repo, commit).unlink(missing_ok=True)
-        self._listings.clear()
-
     def known(self) -> Iterator[tuple[Repo, Visibility]]:
         """Every repo this node has heard of (blocks)."""
         for path in sorted(self._layout.repos.glob("*/*/visibility.json")):
