@@ -18,6 +18,7 @@ from modelcache.probe import Writers, describe, filesystem_of, has_writer, open_
 from modelcache.walk import Source
 
 from .conftest import as_uid
+from .kernel import mounted
 from .test_sdk_connection import sdk_path
 
 # How a process has a file open; each says "ready", and ends when its stdin does.
@@ -100,6 +101,13 @@ def test_a_server_may_refuse_a_lease_for_reasons_of_its_own() -> None:
     assert filesystem_of(os.stat("/proc/self").st_dev) == "proc"
     assert filesystem_of(os.stat("/dev/null").st_dev) in ("devtmpfs", "tmpfs")
     assert filesystem_of(os.makedev(4000, 7)) == ""
+
+
+def test_the_number_of_a_device_is_used_again(tmp_path: Path) -> None:
+    with mounted(tmp_path, "-t", "ramfs", "none"):
+        device = os.stat(tmp_path).st_dev
+        assert filesystem_of(device) == "ramfs"
+    assert filesystem_of(device) != "ramfs"
 
 
 # The breaker opens the file for writing while a lease is held; the kernel tells the holder by a signal.

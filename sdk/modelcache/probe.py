@@ -22,8 +22,6 @@ _WRITABLE = 0o200  # of a link in /proc/<pid>/fd: open for writing
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3")  # their clients refuse a lease unless the server has granted them one
 _SHARED_WRITABLE = re.compile(rb"\S+ .w.s ")  # a line of /proc/<pid>/maps
 
-_filesystems: Dict[int, str] = {}  # by device, as far as they were asked for
-
 
 def has_writer(descriptor: int) -> Optional[bool]:
     """Whether anybody has the file open for writing now; None when the kernel can't tell this process.
@@ -83,18 +81,17 @@ def describe(pid: int) -> str:
 
 
 def filesystem_of(device: int) -> str:
-    """The type of the filesystem mounted from `device` (an st_dev); "" when that is not told."""
-    if device not in _filesystems:
-        _filesystems[device] = ""
-        try:
-            with open("/proc/self/mountinfo", "rb") as mounts:
-                for line in mounts:
-                    fields = line.split(b" ")
-                    major, minor = fields[2].split(b":")
-                    _filesystems[os.makedev(int(major), int(minor))] = fields[fields.index(b"-") + 1].decode()
-        except (OSError, ValueError, IndexError):
-            pass
-    return _filesystems[device]
+    """The type of the filesystem mounted from `device` (an st_dev) by now, for numbers are used again; "" when that is not told."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                fields = line.split(b" ")
+                major, minor = fields[2].split(b":")
+                if os.makedev(int(major), int(minor)) == device:
+                    return fields[fields.index(b"-") + 1].decode()
+    except (OSError, ValueError, IndexError):
+        pass
+    return ""
 
 
 def _is_remote(device: int) -> bool:
