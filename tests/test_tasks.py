@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from modelcached.tasks import BEHIND_NICE, Pool, settled, within
+from modelcached.tasks import BEHIND_NICE, Pool, each, finished, settled, within
 
 
 async def test_results_and_errors_come_back() -> None:
@@ -115,6 +115,79 @@ async def test_no_more_threads_than_said() -> None:
 
     await asyncio.gather(*(pool.run(work) for _ in range(12)))
     assert most == 3
+    pool.close()
+
+
+async def test_each_does_all_and_ends_with_the_first_failure() -> None:
+    done: list[int] = []
+
+    async def work(item: int) -> None:
+        await asyncio.sleep(0)
+        done.append(100 // item)
+
+    await each([1, 2, 4], work, 2)
+    assert sorted(done) == [25, 50, 100]
+    with pytest.raises(ZeroDivisionError):
+        await each([1, 0, 2, 4], work, 1)
+    assert len(done) == 4
+
+
+async def test_deadlines_hold_after_one_of_each_failed() -> None:
+    """Python 3.11 counts a group's failure as a cancelling of its parent, for ever: a loop that goes on would end at its next deadline."""
+
+    async def fail(item: int) -> None:
+        await asyncio.sleep(0)
+        raise OSError("the store is away")
+
+    with pytest.raises(OSError, match="away"):
+        await each(range(3), fail, 3)
+    task = asyncio.current_task()
+    assert task is not None and task.cancelling() == 0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while it fails", "and then it fails"])
+async def test_each_is_cancelled(is_late: bool) -> None:
+    """A failure that the caller would try again must not hide that the caller is to end."""
+    pool, work = Pool("test", 1), Work(OSError("the disk"))
+
+    async def one(item: int) -> None:
+        if item == 0:
+            await pool.run(work)
+        elif not is_late:
+            await asyncio.to_thread(work.started.wait, 5)
+            raise OSError("the store is away")
+
+    caller = asyncio.create_task(each(range(2), one, 2))
+    await asyncio.to_thread(work.started.wait, 5)
+    await asyncio.wait([caller], timeout=0.05)
+    assert not caller.done()
+    caller.cancel()
+    await asyncio.sleep(0)
+    work.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert work.is_done
+    pool.close()
+
+
+async def test_a_second_half_is_done_though_its_caller_leaves() -> None:
+    """Also when no thread has begun with it: `Pool.run` alone would leave it."""
+    pool, running, second = Pool("test", 1), Work(), Work()
+    first = asyncio.create_task(pool.run(running))
+    await asyncio.to_thread(running.started.wait, 5)
+    second.may_end.set()
+    caller = asyncio.create_task(finished(pool.run(second)))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.sleep(0)
+    running.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await first == "done" and second.is_done
+    assert await finished(pool.run(lambda: "result")) == "result"
     pool.close()
 
 

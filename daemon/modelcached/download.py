@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .spans import Again, Body, NoRanges, Origin, Span
-from .tasks import Pool, settled
+from .tasks import Pool, apart, settled
 
 MIN_RANGE_BYTES = 4 << 20
 
@@ -49,15 +49,18 @@ class Download:
         """Fills all gaps of the sink."""
         self._todo.extend(_spans(await self._pool.run(self._sink.missing), self._limits))
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._limits.connections, len(self._todo))):
-                    group.create_task(self._work())
-                    await self._answered.wait()  # the hub is asked by the first one only; the others go where it was sent
+            await apart(self._work_at_once())
         except ExceptionGroup as errors:
             if any(isinstance(error, NoRanges) for error in errors.exceptions):
                 await self._run_whole()
             else:
                 raise errors.exceptions[0] from None
+
+    async def _work_at_once(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._limits.connections, len(self._todo))):
+                group.create_task(self._work())
+                await self._answered.wait()  # the hub is asked by the first one only; the others go where it was sent
 
     async def _work(self) -> None:
         failures = 0  # in a row

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,12 +68,38 @@ async def each(items: Iterable[Item], work: Callable[[Item], Awaitable[object]],
         for item in queue:
             await work(item)
 
-    try:
+    async def all_of_them() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(worker())
+
+    try:
+        await apart(all_of_them())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
+
+
+async def apart(work: Coroutine[Any, Any, T]) -> T:
+    """Does `work`, which has a TaskGroup that may fail, in a task of its own.
+
+    Until Python 3.13 such a group forgets it when its parent is cancelled while it ends, and counts one cancelling too many of a parent
+    that lives on, whose deadlines end as cancellings then.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        task.cancel()
+        await settled(task)
+        raise
+    return task.result()
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Does all of `work`, the second half of a change, also when its caller is cancelled meanwhile; who is told so afterwards."""
+    task = asyncio.ensure_future(work)
+    await settled(task)
+    return task.result()
 
 
 async def within(seconds: float | None, waiting: Awaitable[object]) -> None:

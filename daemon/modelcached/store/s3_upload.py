@@ -27,7 +27,7 @@ from modelcached.errors import ModelcachedError, StoreClockSkew, StoreDenied, St
 from modelcached.model import Digest
 from modelcached.rates import Rate
 from modelcached.spans import Budget
-from modelcached.tasks import Pool
+from modelcached.tasks import Pool, apart
 
 from .contract import Report, check_digest
 from .local import opened, read, scan
@@ -122,11 +122,15 @@ class Upload:
         try:
             digest = hashlib.sha256()
             parts: asyncio.Queue[_Part | None] = asyncio.Queue(1)
-            try:
+
+            async def read_and_send() -> None:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._read_ahead(handle, state, present, digest.update, parts))
                     for _ in range(self._connections):
                         group.create_task(self._send_parts(handle, state, parts))
+
+            try:
+                await apart(read_and_send())
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
             check_digest(self._name, digest.hexdigest(), self._sha256)
