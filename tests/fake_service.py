@@ -185,6 +185,7 @@ async def build(
     config: Config,
     background: asyncio.TaskGroup,
     flights: asyncio.TaskGroup,
+    callers: asyncio.TaskGroup,
     closing: contextlib.AsyncExitStack,
     traffic: Traffic,
 ) -> Service:

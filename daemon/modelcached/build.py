@@ -74,6 +74,7 @@ async def build_service(
     config: Config,
     background: asyncio.TaskGroup,
     flights: asyncio.TaskGroup,
+    callers: asyncio.TaskGroup,
     closing: contextlib.AsyncExitStack,
     traffic: Traffic,
 ) -> Service:
@@ -105,7 +106,7 @@ async def build_service(
         exchange = Exchange(store, Claims(store, _identity(layout), config.store_claim_seconds, background), background)
         closing.push_async_callback(exchange.claims.close)
     own_token = HubToken.of(os.environ, config.hub_endpoint)
-    lookup = Lookup(repos, hub, pool, flights, config.fresh_seconds, config.verdict_seconds, config.offline, exchange, own_token)
+    lookup = Lookup(repos, hub, pool, flights, callers, config.fresh_seconds, config.verdict_seconds, config.offline, exchange, own_token)
     limits = Limits(config.hub_connections, config.hub_piece, config.hub_range)
     blob_flights = BlobFlights(blobs, repos, partials, pool, flights, limits, exchange)
     gather = Gather(blobs, blob_flights, pool)
@@ -206,8 +207,8 @@ async def build_service(
     background.create_task(_sweep(leases, save, pins, pool))
     background.create_task(hashing.run())
     background.create_task(evict.run())
-    background.create_task(scrub.run())
-    background.create_task(Keep(fetch, trees, pins, pool, config.hub_endpoint).run(config.keep))
+    callers.create_task(scrub.run())
+    callers.create_task(Keep(fetch, trees, pins, pool, config.hub_endpoint).run(config.keep))
     background.create_task(upload.run())
     return Service(config, fetch, upkeep, trees, repos, leases, keeping, watching, tending, importing, policy, rates, statistics)
 

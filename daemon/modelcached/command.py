@@ -41,14 +41,16 @@ logger = logging.getLogger("modelcached")
 
 
 class Builder(Protocol):
-    """Makes the service: opens the root, starts what runs in the background. Registers with `closing` what has to be
-    closed after every task has ended. `traffic` tells, at any time, how many connections and requests there are."""
+    """Makes the service: opens the root, starts what runs in the background, and in `callers` what asks for flights there: it ends
+    before them. Registers with `closing` what has to be closed after every task has ended. `traffic` tells, at any time, how many
+    connections and requests there are."""
 
     def __call__(
         self,
         config: Config,
         background: asyncio.TaskGroup,
         flights: asyncio.TaskGroup,
+        callers: asyncio.TaskGroup,
         closing: contextlib.AsyncExitStack,
         traffic: Traffic,
     ) -> Awaitable[Service]: ...
@@ -109,16 +111,21 @@ async def _serve(
     _end_on_signals(stop, settings.shutdown_seconds)
     notifier.status("starting")
     # The nesting is the order of the end, from the inside.
-    async with contextlib.AsyncExitStack() as closing, Background() as background, asyncio.TaskGroup() as flights:
+    async with (
+        contextlib.AsyncExitStack() as closing,
+        Background() as background,
+        asyncio.TaskGroup() as flights,
+        Background() as callers,
+    ):
         traffic = Traffic()
-        service = await build(settings, background, flights, closing, traffic)
+        service = await build(settings, background, flights, callers, closing, traffic)
         async with asyncio.TaskGroup() as connections:
             server = Server(service, listener.socket, traffic, settings.max_connections, Admission.of(settings))
             server.start(connections)
             if notifier.watchdog_seconds:
                 _ = background.create_task(_be_watched(notifier, notifier.watchdog_seconds))
             if settings.idle_exit is not None:
-                _ = background.create_task(_stop_when_idle(server, service, settings.idle_exit, stop))
+                _ = background.create_task(_stop_when_idle(server, service, settings.idle_exit, stop, settings.shutdown_seconds))
             logger.info("ready", extra={"version": __version__, "socket": listener.path or "passed in", "root": settings.root})
             notifier.ready()
             notifier.status("serving")
@@ -159,10 +166,7 @@ def _end_on_signals(stop: asyncio.Event, shutdown_seconds: float) -> None:
         if stop.is_set():
             logger.warning("asked again: ending at once")
             os._exit(EXIT_FAILED)  # what is on disk is sound at any time
-        stop.set()
-        overtime = threading.Timer(shutdown_seconds + OVERTIME_SECONDS, _end_overtime, [asyncio.get_running_loop()])
-        overtime.daemon = True
-        overtime.start()
+        _begin_to_end(stop, shutdown_seconds)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked, number)
@@ -189,6 +193,13 @@ def _reload_on_signal(settings: Config, service: Service, notifier: Notifier, re
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
+def _begin_to_end(stop: asyncio.Event, shutdown_seconds: float) -> None:
+    stop.set()
+    overtime = threading.Timer(shutdown_seconds + OVERTIME_SECONDS, _end_overtime, [asyncio.get_running_loop()])
+    overtime.daemon = True
+    overtime.start()
+
+
 def _end_overtime(loop: asyncio.AbstractEventLoop) -> NoReturn:
     waiting = sorted(" > ".join(_calls(task)) for task in asyncio.all_tasks(loop))
     logger.critical("something does not end: ending without it", extra={"tasks": waiting})
@@ -210,13 +221,13 @@ async def _be_watched(notifier: Notifier, seconds: float) -> None:
         await asyncio.sleep(seconds / 2)
 
 
-async def _stop_when_idle(server: Server, service: Service, seconds: float, stop: asyncio.Event) -> None:
+async def _stop_when_idle(server: Server, service: Service, seconds: float, stop: asyncio.Event, shutdown_seconds: float) -> None:
     await server.idle(seconds)
     while service.is_busy:
         await asyncio.sleep(seconds)
         await server.idle(seconds)
     logger.info("idle", extra={"seconds": seconds})
-    stop.set()
+    _begin_to_end(stop, shutdown_seconds)
 
 
 def _bind(settings: Config) -> listen.Listener:

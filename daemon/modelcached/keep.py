@@ -17,7 +17,7 @@ from .fetch import Fetch
 from .model import Caller, check_repo
 from .pins import Pins
 from .selection import Ask
-from .tasks import Pool
+from .tasks import Pool, finished
 from .trees import Trees
 
 PREFIX = "keep "
@@ -40,7 +40,10 @@ class Keep:
         mine = [pin for pin in self._pins.all() if pin.uid == self._caller.uid and pin.name.startswith(PREFIX)]
         for pin in mine:
             if pin.name.removeprefix(PREFIX) not in wanted:
-                await self._pool.run(self._pins.remove(pin.name, self._caller))
+                try:
+                    await finished(self._pool.run(self._pins.remove(pin.name, self._caller)))
+                except OSError as error:
+                    log.warning("what is not to be kept any more stays pinned", extra={"pin": pin.name, "error": str(error)})
         left, pause = list(wanted), FIRST_PAUSE_SECONDS
         while left:
             left = [text for text in left if not await self._bring(text)]
@@ -54,9 +57,10 @@ class Keep:
             got = await self._fetch.get(ask, lambda progress: None, lambda warning: None)
             _, keep = self._pins.put(PREFIX + text, text, (got.shown.name,), self._caller, None)  # no await since it was there
             self._trees.admit(got.shown.name, self._caller, got.is_private)
-            await self._pool.run(keep)
-        except (ModelcachedError, OSError) as error:
-            log.warning("what is to be kept can't be fetched now", extra={"repo": text, "error": str(error)})
+            await finished(self._pool.run(keep))
+        except Exception as error:  # of one repo: the others, and the daemon, go on
+            is_expected = isinstance(error, (ModelcachedError, OSError))
+            log.warning("what is to be kept can't be fetched now", exc_info=not is_expected, extra={"repo": text, "error": str(error)})
             return False
         log.info("kept", extra={"repo": text, "commit": got.commit, "bytes": got.shown.tree.size, "hub_bytes": got.hub_bytes})
         return True

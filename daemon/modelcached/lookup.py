@@ -39,6 +39,7 @@ class Lookup:
         hub: Hub,
         pool: Pool,
         group: asyncio.TaskGroup,
+        callers: asyncio.TaskGroup,
         fresh_seconds: float,
         verdict_seconds: float,
         offline: bool,
@@ -53,7 +54,7 @@ class Lookup:
         self._offline = offline
         self._exchange = exchange
         self._own_token = own_token or HubToken("", "")
-        self._group = group
+        self._callers = callers
         self._answers: Flights[tuple[Repo, str, str | None], Flight[Answer], Answer] = Flights(group)
         self._listings: Flights[tuple[Repo, Commit, str | None], Flight[Listing], Listing] = Flights(group)
         self._accesses: Flights[tuple[Repo, str | None], Flight[None], None] = Flights(group)
@@ -155,7 +156,7 @@ class Lookup:
         is_due = not 0 <= time.time() - seen.checked < PUBLIC_SECONDS and (said is None or now - said > PUBLIC_SECONDS)
         if is_due:
             self._looked_again.put(repo, now)
-            behind(self._group, self._look_quietly(repo, revision, token))
+            behind(self._callers, self._look_quietly(repo, revision, token))
 
     async def _look_quietly(self, repo: Repo, revision: str, token: str | None) -> None:
         try:
@@ -219,7 +220,7 @@ class Lookup:
             log.warning("repo closed to the public", extra={"repo": str(repo)})
             now_seen = self._repos.set_visibility(repo, private=True, gated=isinstance(error, GatedRepo))
             if self._exchange is not None:
-                behind(self._group, self._tell(repo, now_seen))
+                behind(self._callers, self._tell(repo, now_seen))
 
     async def _tell(self, repo: Repo, seen: Visibility) -> None:
         assert self._exchange is not None
