@@ -248,8 +248,8 @@ class Converter:
         size = span[1] - span[0]
         place = f"{flight.store.url}\0{source.key}\0{source.etag}\0{span[0]}"
         with disk_errors(f"downloading a part of {flight.found.key}"):
-            partial = await self._pool.run(self._partials.open, Content("object", hashlib.sha256(place.encode()).hexdigest(), size))
-            try:
+            content = Content("object", hashlib.sha256(place.encode()).hexdigest(), size)
+            async with self._partials.opened(content, self._pool) as partial:
                 flight.done_bytes += partial.done_bytes
                 await self._pool.run(_put_first, partial, known)
                 missing = size - partial.done_bytes
@@ -261,8 +261,6 @@ class Converter:
                 flight.hold(digest)
                 await self._blobs.adopt(partial.path, digest)
                 await self._pool.run(partial.forget_map)
-            finally:
-                partial.close()
         return digest
 
     def _remembered(self, flight: Conversion) -> Tree | None:

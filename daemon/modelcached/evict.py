@@ -22,7 +22,7 @@ from .holds import Holds
 from .leftovers import Leftover, Leftovers
 from .model import Digest, Tree, TreeId
 from .room import Found, Room
-from .tasks import Pool
+from .tasks import Pool, finished
 from .tenants import Tenancy, Tenants
 from .trees import Trees
 
@@ -130,10 +130,12 @@ class Evict:
 
     async def run(self) -> None:
         """Counts what is here, then keeps the cache within its room as long as the daemon lives."""
-        for first in range(0, 256, SHARDS_AT_ONCE):
-            await self._pool.run_behind(self._count, range(first, first + SHARDS_AT_ONCE))
+        uncounted = 0
         while True:
             try:
+                while uncounted < 256:
+                    await self._pool.run_behind(self._count, range(uncounted, uncounted + SHARDS_AT_ONCE))
+                    uncounted += SHARDS_AT_ONCE
                 excess = await self._room.excess()
                 if excess:
                     evicted = await self.free(excess)
@@ -175,8 +177,7 @@ class Evict:
         """Takes a tree away, which is out of sight before the first await; the bytes freed. Ask whether it is held right before (I4)."""
         discard = self._trees.drop(name, lambda _: 0)
         self._dropped()
-        await self._pool.run(discard)
-        return await self._forget({file.sha256 for file in tree.files} if tree else set())
+        return await finished(self._discard(discard, {file.sha256 for file in tree.files} if tree else set()))
 
     async def explain(self, names: Sequence[TreeId]) -> list[tuple[Entry, list[Tenancy], Tree]]:
         """Of each tree: what evicting it frees, and who holds it."""
@@ -219,7 +220,7 @@ class Evict:
         freed = 0
         gone: list[Entry] = []
         for leftover in leftovers:
-            freed += await self._pool.run(self._leftovers.remove, leftover) if self._leftovers.set_aside(leftover) else 0
+            freed += await finished(self._pool.run(self._leftovers.remove, leftover)) if self._leftovers.set_aside(leftover) else 0
         for entry in victims:
             tree = await self._pool.run(self._trees.load, entry.tree)
             # No await between this look and the drop: who comes later finds no tree, and who came before is seen (I4).
@@ -231,6 +232,10 @@ class Evict:
         self.evictions += len(gone)
         self.evicted_bytes += freed
         return Evicted(gone, list(leftovers), freed)
+
+    async def _discard(self, discard: Callable[[], object], digests: set[Digest]) -> int:
+        await self._pool.run(discard)
+        return await self._forget(digests)
 
     async def _forget(self, digests: set[Digest]) -> int:
         """Removes those of the blobs that nobody shows, or is about to show."""

@@ -7,6 +7,7 @@ their chance. Bytes are checked before they get a name (I1); wrong ones are aske
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -192,9 +193,7 @@ class BlobFlights:
         return await self._try_places(flight, attempt)
 
     async def _bring_large(self, flight: BlobFlight) -> Digest:
-        partial: Partial = await self._pool.run(self._partials.open, flight.content)
-
-        async def attempt(place: Place) -> Digest | None:
+        async def attempt(partial: Partial, place: Place) -> Digest | None:
             flight.done_bytes = partial.done_bytes
             await Download(place.origin(flight.content.size), self._pool, self._limits, flight.content.size, partial, flight.received).run()
             flight.turn_to("verify")
@@ -206,10 +205,8 @@ class BlobFlights:
             await self._pool.run(partial.forget_map)
             return digest
 
-        try:
-            return await self._try_places(flight, attempt)
-        finally:
-            partial.close()
+        async with self._partials.opened(flight.content, self._pool) as partial:
+            return await self._try_places(flight, functools.partial(attempt, partial))
 
     async def _try_places(self, flight: BlobFlight, attempt: Callable[[Place], Awaitable[Digest | None]]) -> Digest:
         """The first attempt that brings the right bytes: a refused source is left for the next one, wrong bytes are asked for again."""

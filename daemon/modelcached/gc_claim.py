@@ -24,7 +24,7 @@ import msgspec
 
 from .errors import InUse, MissingObject, ModelcachedError, ObjectChanged, ObjectExists, StoreProblem, StoreUnavailable
 from .store import Store
-from .tasks import settled
+from .tasks import finished, settled
 
 KEY = "claims/gc.json"
 STALE_SECONDS = 30.0
@@ -189,8 +189,7 @@ async def claimed(store: Store, is_alone: bool, waiting: Callable[[str], None]) 
     try:
         yield claim
     finally:
-        # Shielded: who is cancelled twice must not leave a claim behind that is renewed for ever.
-        await asyncio.shield(asyncio.ensure_future(_end(claim, renewing)))
+        await finished(_end(claim, renewing))  # a claim that is left behind makes everybody wait
 
 
 async def _end(claim: GcClaim, renewing: asyncio.Task[None]) -> None:

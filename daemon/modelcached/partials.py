@@ -13,13 +13,14 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from . import durable
 from .layout import Layout
 from .model import Content, Digest
+from .tasks import Pool
 
 READ_BYTES = 1 << 20
 FLUSH_BYTES = 32 << 20  # so much goes to the disk while more is coming, instead of all of it at the publication
@@ -214,6 +215,17 @@ class Partials:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._flusher = ThreadPoolExecutor(FLUSH_THREADS, thread_name_prefix="flush")
+
+    @contextlib.asynccontextmanager
+    async def opened(self, content: Content, pool: Pool) -> AsyncIterator[Partial]:
+        """A partial file while the block runs; opening one reads all that it has."""
+        found: list[Partial] = []  # filled by the thread: a caller who is cancelled meanwhile closes it all the same
+        try:
+            await pool.run(lambda: found.append(self.open(content)))
+            yield found[0]
+        finally:
+            for partial in found:
+                partial.close()
 
     def open(self, content: Content) -> Partial:
         return Partial(self._layout.partial(content), content, self._flusher)

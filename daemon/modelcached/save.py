@@ -24,7 +24,7 @@ from .model import Caller, Tree, TreeId, check_links, check_paths
 from .references import reference_key
 from .room import Room
 from .spool import COPIES_AT_ONCE, Entry, OpenSave, SavedFile, Spool
-from .tasks import Pool, each
+from .tasks import Pool, each, finished
 from .trees import Trees
 
 MAX_FILES = 1_000_000
@@ -136,7 +136,7 @@ class Save:
         return save.entry.reference
 
     async def drop(self, save: OpenSave) -> None:
-        await self._pool.run(self._spool.forget(save))
+        await finished(self._pool.run(self._spool.forget(save)))
 
     async def drop_abandoned(self) -> None:
         for save in self._spool.abandoned():

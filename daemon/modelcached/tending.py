@@ -24,7 +24,7 @@ from .repos import Repos
 from .room import Room
 from .spool import Entry
 from .stores import Stores
-from .tasks import Pool
+from .tasks import Pool, finished
 from .tenants import Tenancy
 from .trees import Trees
 from .upload import Upload
@@ -76,11 +76,11 @@ class Tending:
         if not names or len(names) > MAX_TREES:
             raise LocalEntryNotFound(f"nothing of {what} that could be pinned is on this node", "fetch it first: modelcache pull, or load")
         pin, keep = self._pins.put(params.name or what, what, tuple(names), caller, params.seconds)
-        await self._pool.run(keep)
+        await finished(self._pool.run(keep))
         return Reply(_plain(pin))
 
     async def _unpin(self, params: Unpin, caller: Caller, report: Report) -> Reply:
-        await self._pool.run(self._pins.remove(params.name, caller))
+        await finished(self._pool.run(self._pins.remove(params.name, caller)))
         return Reply({})
 
     async def _list(self, params: Pins, caller: Caller, report: Report) -> Reply:
