@@ -33,7 +33,7 @@ from .room import Room
 from .selection import Ask, Selection, incomplete, selected
 from .sharing import Brought, Sharing, is_small
 from .singleflight import Flight, Flights
-from .tasks import Pool, each
+from .tasks import Pool, behind, each
 from .transfer import Transfer
 from .trees import Trees
 
@@ -339,7 +339,7 @@ class Fetch:
             return await self._compare(shown)
         if shown.name not in self._comparing:
             self._comparing.add(shown.name)
-            self._group.create_task(self._compare_behind(shown))
+            behind(self._group, self._compare_behind(shown))
         return True
 
     async def _compare(self, shown: Shown) -> bool:

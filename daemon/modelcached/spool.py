@@ -158,7 +158,7 @@ class Spool:
     @property
     def reserved_bytes(self) -> int:
         """What open saves have been promised and have not used yet."""
-        return sum(save.reserved_bytes for save in self._open.values())
+        return sum(save.reserved_bytes for save in tuple(self._open.values()))  # threads ask as well
 
     def abandoned(self) -> list[OpenSave]:
         """Open saves whose client has gone."""

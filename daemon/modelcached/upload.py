@@ -264,13 +264,19 @@ class Upload:
             await self._spool.until(lambda: bool(new()))
             for entry in new():
                 self._known.add(entry.id)
-                with contextlib.suppress(ModelcachedError, OSError):
-                    store = await self._store_of(url)
-                    async with self._announcing.setdefault(url, asyncio.Lock()):
-                        if entry.id not in self._named:
-                            await store.put(pending_key(entry.key), encode_pending(entry.reference, os.uname().nodename))
-                    if not self._spool.has(entry):  # it overtook us
-                        await store.delete(pending_key(entry.key))
+                try:
+                    await self._announce_one(url, entry)
+                except Exception as error:  # nobody waits for it
+                    is_expected = isinstance(error, (ModelcachedError, OSError))
+                    log.log(logging.DEBUG if is_expected else logging.WARNING, "a save is not announced", exc_info=not is_expected)
+
+    async def _announce_one(self, url: str, entry: Entry) -> None:
+        store = await self._store_of(url)
+        async with self._announcing.setdefault(url, asyncio.Lock()):
+            if entry.id not in self._named:
+                await store.put(pending_key(entry.key), encode_pending(entry.reference, os.uname().nodename))
+        if not self._spool.has(entry):  # it overtook us
+            await store.delete(pending_key(entry.key))
 
 
 def _advice(error: Exception) -> str:

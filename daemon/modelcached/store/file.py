@@ -48,6 +48,7 @@ _Scanned = tuple[list[Object], list[str]]  # objects, and folders below
 
 class FileStore:
     def __init__(self, root: Path, pool: Pool, limits: Limits, rate: Rate | None = None) -> None:
+        """`pool` is this store's own, and closed with it: calls to a server that is away hang in its threads, and in nobody else's."""
         self._root = root
         self._pool = pool
         self._limits = limits
@@ -69,7 +70,7 @@ class FileStore:
                     )
                 return file.read()
 
-        return await self._pool.run(read)
+        return await self._pool.abandon(read)
 
     def origin(self, key: str, span: Span) -> Origin:
         return _FileOrigin(self, key, span)
@@ -128,12 +129,12 @@ class FileStore:
                 return _describe(key, found) if stat.S_ISREG(found.st_mode) else None
             return None
 
-        return await self._pool.run(look)
+        return await self._pool.abandon(look)
 
     async def list(self, prefix: str) -> AsyncIterator[Object]:
         folders = [check_prefix(prefix).rpartition("/")[0]]
         while folders:
-            objects, below = await self._pool.run(self._scan, folders.pop(), prefix)
+            objects, below = await self._pool.abandon(self._scan, folders.pop(), prefix)
             folders += below
             for found in objects:
                 yield found
@@ -160,7 +161,7 @@ class FileStore:
             finally:
                 _drop(temporary)
 
-        return await self._pool.run(look)
+        return await self._pool.abandon(look)
 
     async def abort_orphans(self, older_than_seconds: float) -> int:
         oldest = await self.now() - older_than_seconds
@@ -178,7 +179,7 @@ class FileStore:
         return await self._pool.run(remove)
 
     async def close(self) -> None:
-        pass
+        self._pool.close()
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

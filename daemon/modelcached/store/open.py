@@ -17,6 +17,7 @@ SUPPORTED = "file:///path or s3://bucket/prefix"
 NOT_YET = ("gs", "gcs", "az", "azure", "abfs", "abfss", "wasb", "wasbs")
 LIMITS = Limits(connections=8, piece_bytes=512 << 10, range_bytes=32 << 20)
 STALL_SECONDS = 60.0
+THREADS = 8  # of a store in a folder
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
@@ -31,7 +32,7 @@ def open_store(
     if scheme == "file":
         from .file import FileStore
 
-        return FileStore(Path(path), pool, limits, rate or Rate())
+        return FileStore(Path(path), Pool("store", THREADS), limits, rate or Rate())
     from .s3 import S3Store
 
     return S3Store(place, path, pool, limits, stall_seconds, rate or Rate())
