@@ -16,10 +16,11 @@ from modelcached.layout import Layout
 
 from .clients import Client
 from .daemon import Daemon, clean_environment
-from .hub import Hub
+from .hub import Hub, Random
 from .proxy import Proxy
 from .saves import until
 
+MIB = 1 << 20
 GIB = 1 << 30
 
 
@@ -52,6 +53,17 @@ def test_a_hub_that_is_away_keeps_no_daemon_from_starting(tmp_path: Path, hub: H
             proxy.listen()
             until(lambda: "event=kept repo=org/late" in daemon.log, seconds=15)
             assert daemon.status()["room"]["pins"] == 1
+
+
+def test_who_ends_the_daemon_does_not_wait_for_what_is_to_be_kept(tmp_path: Path, hub: Hub) -> None:
+    hub.commit("org/large", {"model.safetensors": Random("large", 2 * MIB)})
+    hub.misbehave("stall", match="^lfs", after=MIB)
+    with Daemon.start(tmp_path / "root", hub, keep="org/large", shutdown_seconds="1s") as daemon:
+        hub.wait(kind="lfs", requests=1)
+        daemon.terminate()
+        hub.calm()
+        daemon.restart()
+        until(lambda: "event=kept repo=org/large" in daemon.log)
 
 
 def shown(*words: str) -> dict[str, Any]:

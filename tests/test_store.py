@@ -497,6 +497,21 @@ async def test_folder_that_is_read_only(opener: Open, tmp_path: Path) -> None:
     assert {error for error in said.values() if error} == {"store_denied"}, said
 
 
+async def test_a_folder_that_does_not_answer_holds_up_nobody(tmp_path: Path) -> None:
+    """As on a hung NFS server: deadlines count, and everybody else's threads are free."""
+    io = Pool("io", 1)
+    store = open_store(f"file://{tmp_path}", io, LIMITS)
+    os.mkfifo(tmp_path / "hangs")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await store.get("hangs", 10)
+    assert await io.run(lambda: "free") == "free"
+    assert await store.head("absent") is None
+    os.close(os.open(tmp_path / "hangs", os.O_WRONLY))  # it answers
+    await store.close()
+    io.close()
+
+
 FOREIGN = """
 from modelcached.download import Limits
 from modelcached.store.file import FileStore

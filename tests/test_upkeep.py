@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,7 @@ from modelcached.upkeep import Upkeep
 
 CALLER = Caller(1001, 1001, 1)
 REPO = Repo("https://hub.example", "model", "org/name")
+THREADS = 4
 SHARED, FIRST, SECOND = b"shared", b"first", b"second"
 
 Came = Callable[[TreeId], None]
@@ -42,6 +44,7 @@ class Node:
     def __init__(self, root: Path, pool: Pool, group: asyncio.TaskGroup) -> None:
         layout, self.lock = open_root(root, private=True)
         self.blobs = Blobs(layout, pool, group)
+        self.layout, self.pool = layout, pool
         self.partials = Partials(layout)
         self.trees, self.repos, self.leases = Trees(layout, self.blobs.path), Repos(layout), Leases(layout)
         self.holds, self.pins, spool = Holds(), Pins(layout), Spool(layout)
@@ -84,7 +87,7 @@ class Node:
 
 @pytest.fixture
 async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    pool = Pool("test", 4)
+    pool = Pool("test", THREADS)
     try:
         async with asyncio.TaskGroup() as group:
             node = Node(tmp_path / "root", pool, group)
@@ -94,6 +97,23 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
             os.close(node.lock)
     finally:
         pool.close()
+
+
+async def test_a_tree_that_is_out_of_sight_goes_though_nobody_waits_for_it(node: Node) -> None:
+    """Who asked for the room leaves while every thread is busy; nothing would find the view, or miss its bytes, later."""
+    name = await node.show(SHARED, FIRST)
+    tree = node.trees.load(name)
+    busy = threading.Event()
+    threads = [asyncio.create_task(node.pool.run(busy.wait, 10)) for _ in range(THREADS)]
+    dropping = asyncio.create_task(node.evict.drop(name, tree))
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await asyncio.sleep(0)
+    busy.set()
+    await asyncio.gather(*threads)
+    with pytest.raises(asyncio.CancelledError):
+        await dropping
+    assert os.listdir(node.layout.tmp) == [] and not node.has(SHARED) and not node.has(FIRST)
 
 
 @pytest.mark.parametrize("how", ["lease", "pin", "hand", "fetch"])

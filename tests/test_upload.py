@@ -43,6 +43,20 @@ def arrived(tmp_path: Path) -> dict[str, dict[str, str]]:
 TREE: Tree = {"config.json": b"{}", "a.bin": Random("a", MIB), "b.bin": Random("b", 2 * MIB), "sub/small": b"small", "zero": b""}
 
 
+def test_a_store_that_failed_once_is_tried_until_it_has_all(tmp_path: Path) -> None:
+    """Whatever has deadlines (here the rate, for the pack) goes on working after one of several uploads at once failed."""
+    tree: Tree = {"large.bin": Random("large", MIB), **{f"small-{n}": Random(f"small-{n}", 200_000) for n in range(4)}}
+    blobs = tmp_path / "store/blobs"
+    blobs.parent.mkdir()
+    blobs.write_bytes(b"a file where a folder belongs")
+    with Daemon.start(tmp_path / "root", store=store_of(tmp_path), store_rate="4MB") as daemon, wired(daemon.socket) as wire:
+        wire.save("x", tree)
+        until(lambda: daemon.status()["spool"]["last_error"])
+        blobs.unlink()
+        assert wire.flush() == {"pending": [], "error": ""}
+        assert arrived(tmp_path) == {key_of("x"): hashes(tree)}
+
+
 # ---- what arrives, and in which order
 
 
