@@ -18,6 +18,7 @@ from modelcache import errors, resume, saving, units
 from modelcache.client import shared
 
 from . import trainer
+from .checkpoints import archive
 from .conftest import ROOT
 from .daemon import Daemon, clean_environment
 from .saves import fill, until
@@ -168,6 +169,52 @@ def test_the_copy_of_the_newest_is_there_as_well(world: World, is_folder: bool) 
         touch(world.out / extra, WRITTEN - 1)
         assert world.restore() is not None
         assert (world.out / extra).read_bytes() == b"one before"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_half_a_copy_of_the_newest_is_moved_away(world: World, is_folder: bool) -> None:
+    """`ckpt_path="last"` takes the last.ckpt that was written last, and fails on half a one after every start."""
+    unit, extra = "logs/epoch=1-step=20.ckpt", "logs/last.ckpt"
+    files = {"meta.pt": b"m", ".metadata": b"m", "w": archive()}
+    fill(world.source, {f"{unit}/{name}": data for name, data in files.items()} if is_folder else {unit: archive()})
+    world.keep(world.source / unit, layout="lightning", extra=extra)
+    fill(world.out, {f"{extra}/w": archive()} if is_folder else {extra: archive()[:-10]})
+    touch(world.out, time.time() - 3600)
+    restored = world.restore()
+    assert restored is not None and restored.unit == unit
+    made = world.out / extra
+    assert (made / "w" if is_folder else made).read_bytes() == archive()
+    (moved,) = (world.folder / "out.incomplete").iterdir()
+    assert world.said == [f"{made} is not complete: moved to {moved}"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "newer"),
+    [
+        ("epoch=1-step=20.ckpt", "last.ckpt"),
+        ("epoch=1-step=20.ckpt", "epoch=1-step=30-v1.ckpt"),
+        ("epoch=1-step=20-v1.ckpt", "epoch=1-step=30.ckpt"),
+        ("last.ckpt", "last-v1.ckpt"),
+    ],
+)
+def test_a_newer_one_of_lightning_by_another_name_stays(world: World, unit: str, newer: str) -> None:
+    fill(world.source, {unit: archive()})
+    world.keep(world.source / unit, layout="lightning", aliases={"newest.ckpt": unit})
+    fill(world.out, {newer: archive(b"newer")})
+    assert world.restore() is None
+    assert world.inside == [newer]
+    assert world.said == [f"{world.out}/{newer} is newer than what was kept: nothing is put back"]
+
+
+def test_each_newer_one_is_judged_by_its_own_rule(world: World) -> None:
+    """A best.ckpt that a framework's rule takes says nothing about the files beside it."""
+    fill(world.source, {"model-20.pt": archive()})
+    world.keep(world.source / "model-20.pt", layout="single-file")
+    fill(world.out, {"model-20.pt": archive(), "model-30.pt": archive(b"newer"), "best.ckpt": archive()})
+    touch(world.out / "model-20.pt", WRITTEN)
+    assert world.restore() is None
+    assert world.inside == ["best.ckpt", "model-20.pt", "model-30.pt"]
+    assert world.said == [f"{world.out}/model-30.pt is newer than what was kept: nothing is put back"]
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", "", "a/../../x", "x\0y"])

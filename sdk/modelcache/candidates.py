@@ -78,6 +78,12 @@ def find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
     return []
 
 
+def at(scan: Scan, path: str, rules: Sequence[Rule]) -> Optional[Unit]:
+    """The unit at a path by the first rule that fits it, of whatever tier: for who knows that it is one. None if no rule does."""
+    rule = _taker(scan, path, rules)
+    return None if rule is None else _unit(scan, path, rule)
+
+
 def of(scan: Scan, path: str, rule: Rule) -> Optional[Unit]:
     """One unit as it is now, by the rule that found it; None if it has gone."""
     return _unit(scan, path, rule) if path in scan.entries else None

@@ -14,11 +14,12 @@ import re
 import shutil
 import time
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from . import candidates, gates, layouts, probe, scanning
+from . import candidates, gates, layouts, probe, scanning, units
 
 _DIGITS = re.compile(r"\d+")
+_VERSION = re.compile(r"(?:-v\d+)?\.ckpt\Z")  # Lightning's, of a name that was taken
 _POLL_SECONDS = 0.5  # the quiet sends no events
 
 
@@ -41,6 +42,7 @@ class _Look(NamedTuple):
 def newer(directory: str, unit: str, layout: str, written: float, is_guessed: bool) -> Newer:
     """Of the units that lie beside `unit` and are called alike, itself included, those that were written after `written`.
 
+    Lightning's `last.ckpt` counts beside what it may be a copy of: it is written over in place, and `ckpt_path="last"` takes it first.
     `layout`: as a watch is given it. Where the unit itself `is_guessed`, because only quiet tells there, all of them count as whole.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -50,11 +52,10 @@ def newer(directory: str, unit: str, layout: str, written: float, is_guessed: bo
         if not changed:
             return Newer([], [])
         rules = [rule for rule in layouts.rules(layout) if not rule.guessed]
-        sure = {each.path for each in candidates.find(scan, rules) if not (each.problem or gates.examine(descriptor, each).problem)}
+        latest = sorted(changed, key=lambda path: changed[path], reverse=True)
+        whole = [path for path in latest if is_guessed or _is_whole(descriptor, candidates.at(scan, path, rules))]
     finally:
         os.close(descriptor)
-    latest = sorted(changed, key=lambda path: changed[path], reverse=True)
-    whole = [path for path in latest if is_guessed or path in sure]
     return Newer(whole, [path for path in latest if path not in whole])
 
 
@@ -90,16 +91,22 @@ def set_aside(directory: str, unit: str, why: str = "is not complete") -> str:
 def _changed(scan: scanning.Scan, unit: str, written: float) -> Dict[str, float]:
     """Units with a file that was written since, and when. Folders don't count: deleting changes them."""
     parent, _, name = unit.rpartition("/")
-    alike = re.compile(_DIGITS.sub(r"\\d+", re.escape(name)))
+    numbered = re.compile(_DIGITS.sub(r"\\d+", re.escape(_VERSION.sub("", name))))
+    is_ckpt = name.endswith(".ckpt")
     found = {}
     for each in scan.names.get(parent, ()):
         path = scanning.joined(parent, each)
-        if alike.fullmatch(each):
+        is_alike = numbered.fullmatch(_VERSION.sub("", each)) and each.endswith(".ckpt") == is_ckpt
+        if is_alike or (is_ckpt and units.is_extra(each)):
             files = (entry.mtime_ns / 1e9 for _, entry in scan.below(path) if entry.kind == scanning.FILE)
             latest = max(files, default=0.0)
             if latest > written:
                 found[path] = latest
     return found
+
+
+def _is_whole(folder: int, unit: Optional[candidates.Unit]) -> bool:
+    return unit is not None and not (unit.problem or gates.examine(folder, unit).problem)
 
 
 def _look(directory: str, unit: str) -> _Look:
