@@ -246,6 +246,29 @@ def test_the_copy_of_the_newest_is_known(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_no_copy_of_the_newest(tmp_path: Path) -> None:
+    """Weights only beside a whole state, names that only begin so, and what another framework's rule took."""
+    path, weights, state = WHOLE["lightning"][0], archive(b"w" * 100), archive(b"w" * 300)
+    write(tmp_path, {path: weights, "checkpoints/last.ckpt": state, "checkpoints/last_layer.ckpt": weights})
+    assert {unit.extra for unit in found(tmp_path)} == {""}
+    write(tmp_path, {"checkpoints/last.ckpt": archive(b"w" * 110)})
+    assert {unit.path: unit.extra for unit in found(tmp_path)} == {
+        path: "checkpoints/last.ckpt",
+        "checkpoints/last_layer.ckpt": "checkpoints/last.ckpt",
+        "checkpoints/last.ckpt": "",
+    }
+    assert {unit.extra for unit in found(tmp_path, "single-file")} == {""}
+
+
+def test_a_last_link_is_not_of_weights_only(tmp_path: Path) -> None:
+    path, _, files = WHOLE["lightning"]
+    write(tmp_path, {**files, "checkpoints/best.ckpt": archive(b"w" * 300)})
+    (tmp_path / "checkpoints/last.ckpt").symlink_to(os.path.basename(path))
+    aliases = (("checkpoints/last.ckpt", os.path.basename(path)),)
+    assert {unit.path: unit.aliases for unit in found(tmp_path)} == {path: aliases, "checkpoints/best.ckpt": ()}
+    assert {unit.path: unit.aliases for unit in found(tmp_path, "single-file")} == {path: aliases, "checkpoints/best.ckpt": ()}
+
+
 def test_a_last_one_that_is_a_file_is_a_unit(tmp_path: Path) -> None:
     """With `save_last=True` the newest of all, and of the same age as the numbered one the other way round."""
     path, _, files = WHOLE["lightning"]

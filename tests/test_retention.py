@@ -39,6 +39,7 @@ def reference(step: int | None, at: int | None = None, *, unit: str | None = Non
 BY_HAND: Reference = {"key": "by hand", "created_on": "2020-01-01T00:00:00+00:00", "metadata": {"step": 1}}
 LOSSES = [reference(10, loss=3.0), reference(20, loss=1.0), reference(30, loss=2.0), reference(40, loss=2.5)]
 LAST = [reference(None, at, unit="run/last.ckpt") for at in (21, 31)]
+HAS_EXTRA = reference(30) | {"extra": "run/last.ckpt"}
 RUN = units.Series.of_name("run")
 LOSS = Metric("loss", False)
 
@@ -64,7 +65,11 @@ LOSS = Metric("loss", False)
         # Lightning's last one, written over too, stays beside the numbered ones while it is the newest, and alone counts as any.
         ([reference(10), reference(20), LAST[0], reference(30), LAST[1]], 1, None, ["k10", "k20", "k21"]),
         ([reference(10), reference(20), LAST[0], reference(30), LAST[1]], 2, None, ["k10", "k21"]),
-        ([reference(10), reference(20), LAST[0], reference(30)], 2, None, ["k10", "k21"]),
+        ([reference(10), reference(20), LAST[0], HAS_EXTRA], 2, None, ["k10", "k21"]),
+        # Or while no newer one stays that it can be made of: weights only are no whole state. So does the newest, and no other.
+        ([reference(10), reference(20), LAST[0], reference(30)], 2, None, ["k10"]),
+        ([reference(10), LAST[0], LAST[1], reference(40), reference(50)], 2, None, ["k10", "k21"]),
+        ([HAS_EXTRA, LAST[1], reference(40), reference(50)], 3, None, []),
         (LAST, 1, None, ["k21"]),
         (LAST, 2, None, []),
         # A guess that was wrong goes; the newest that is sure stays, however many guesses are newer.

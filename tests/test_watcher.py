@@ -31,6 +31,7 @@ from .saves import until
 DAEMON_UID = 1500
 FOUND_SECONDS = 10.0  # what every complete unit has to be found within, whatever the events do
 SETTLE = 0.3
+WRITTEN = 1_700_000_000
 RULES = [
     {
         "name": "quick",
@@ -355,14 +356,31 @@ def test_one_that_is_written_again_with_fewer_files_is_news(here: Where) -> None
     assert shown[1:] == [["model.safetensors", "trainer_state.json"], ["model.safetensors", "rng_state.pth", "trainer_state.json"]]
 
 
+def of_lightning(here: Where, files: dict[str, bytes]) -> None:
+    """Written in this order, and quiet for so long that all of them may be captured when a watch begins."""
+    here.rules.write_text(json.dumps([{"name": "lightning", "pattern": LIGHTNING.pattern, "kind": "file", "settle": SETTLE}]))
+    for number, (name, data) in enumerate(files.items(), WRITTEN):
+        write(here.out, {name: data})
+        os.utime(here.out / name, (number, number))
+    newest = max(path.stat().st_ctime for path in here.out.iterdir())
+    until(lambda: time.time() > newest + SETTLE)
+
+
+def test_a_last_one_is_kept_beside_newer_ones_that_can_not_replace_it(here: Where) -> None:
+    """A second ModelCheckpoint with `save_weights_only=True`: of its files no last.ckpt can be made."""
+    state = archive(b"state" * 50)
+    of_lightning(here, {"epoch=0-step=10.ckpt": state, "last.ckpt": state, "best.ckpt": archive(b"weights")})
+    watch = here.start(keep=1)
+    captured(watch, "best.ckpt", "last.ckpt")
+    told(watch, "epoch=0-step=10.ckpt", "newer ones are kept")
+    watch.stop(30.0)
+    assert {each["unit"]: each["extra"] for each in here.references()} == {"best.ckpt": "", "last.ckpt": ""}
+
+
 def test_a_last_one_is_kept_beside_the_numbered_one(here: Where) -> None:
     """Lightning's `save_last=True`: a file, written right after the other, and over again when the other is not written."""
-    here.rules.write_text(json.dumps([{"name": "lightning", "pattern": LIGHTNING.pattern, "kind": "file", "settle": SETTLE}]))
     names = ("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt", "last.ckpt")
-    for name in names:
-        write(here.out, {name: archive(name.encode())})
-    newest = max(path.stat().st_ctime for path in here.out.iterdir())
-    until(lambda: time.time() > newest + SETTLE)  # all of them may be captured when it begins
+    of_lightning(here, {name: archive(name.encode()) for name in names})
     watch = here.start(keep=1)
     captured(watch, *names[1:])
     told(watch, names[0], "newer ones are kept")

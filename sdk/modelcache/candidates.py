@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
-from typing import AbstractSet, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import AbstractSet, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import layouts
 from .layouts import Rule
@@ -19,6 +19,7 @@ from .scanning import FILE, FOLDER, LINK, OTHER, Entry, Scan, joined, shown
 from .units import is_extra
 
 Entries = Tuple[Tuple[str, Entry], ...]
+_LIKE = 0.25  # of the larger one's size: so much two checkpoints of one series may differ
 
 
 class Unit(NamedTuple):
@@ -29,8 +30,8 @@ class Unit(NamedTuple):
     entries: Entries  # the unit and everything in it, by path in the watched folder
     settle: float  # seconds
     problem: str  # why it is not complete, as far as names tell; "" if nothing speaks against it
-    aliases: Tuple[Tuple[str, str], ...]  # links beside it that stand for it, or for the newest: path, target
-    extra: str  # the copy of the newest one that its trainer keeps beside it (`units.is_extra`); "" if there is none
+    aliases: Tuple[Tuple[str, str], ...] = ()  # links beside it that stand for it, or for the newest: path, target
+    extra: str = ""  # the copy of the newest one that its trainer keeps beside it (`units.is_extra`); "" if there is none
 
     @property
     def signature(self) -> int:
@@ -81,12 +82,12 @@ def find(scan: Scan, rules: Sequence[Rule]) -> List[Unit]:
 def at(scan: Scan, path: str, rules: Sequence[Rule]) -> Optional[Unit]:
     """The unit at a path by the first rule that fits it, of whatever tier: for who knows that it is one. None if no rule does."""
     rule = _taker(scan, path, rules)
-    return None if rule is None else _unit(scan, path, rule)
+    return None if rule is None else of(scan, path, rule)
 
 
 def of(scan: Scan, path: str, rule: Rule) -> Optional[Unit]:
     """One unit as it is now, by the rule that found it; None if it has gone."""
-    return _unit(scan, path, rule) if path in scan.entries else None
+    return _unit(scan, path, rule, _beside(scan, path.rpartition("/")[0])) if path in scan.entries else None
 
 
 def _contents(entries: Entries) -> AbstractSet[Tuple[str, Tuple[int, ...]]]:
@@ -99,6 +100,7 @@ def _find(scan: Scan, rules: Sequence[Rule], whole: Optional[Sequence[Rule]]) ->
     pending = [""]
     while pending:
         folder = pending.pop()
+        beside = _beside(scan, folder)
         for name in scan.names.get(folder, ()):
             path = joined(folder, name)
             entry = scan.entries[path]
@@ -106,10 +108,10 @@ def _find(scan: Scan, rules: Sequence[Rule], whole: Optional[Sequence[Rule]]) ->
                 continue
             rule = _taker(scan, path, rules)
             if rule is not None:
-                found.append(_unit(scan, path, rule))
+                found.append(_unit(scan, path, rule, beside))
             elif entry.kind == FOLDER and layouts.may_hold_checkpoints(name):
                 if whole is not None and layouts.may_be_checkpoint(name) and _is_one(scan, path, rules):
-                    found += [_unit(scan, path, rule) for rule in whole[:1]]
+                    found += [_unit(scan, path, rule, beside) for rule in whole[:1]]
                 else:
                     pending.append(path)
     return found
@@ -141,13 +143,12 @@ def _fits(scan: Scan, path: str, name: str, entry: Entry, rule: Rule) -> bool:
     return not any(_has(scan, path, glob) for glob in rule.without)
 
 
-def _unit(scan: Scan, path: str, rule: Rule) -> Unit:
+def _unit(scan: Scan, path: str, rule: Rule, beside: List[Tuple[str, str]]) -> Unit:
     entries = tuple(scan.below(path))
     name = path.rpartition("/")[2]
     settle = rule.settle_ranks if rule.settle_ranks and _ranks(scan, path, rule) > 1 else rule.settle
     problem = _unsaveable(entries) or _missing(scan, path, rule)
-    step = layouts.step_of(rule, name)
-    return Unit(path, scan.entries[path].kind, rule, step, entries, settle, problem, _aliases(scan, path), _extra(scan, path))
+    return _names(scan, Unit(path, scan.entries[path].kind, rule, layouts.step_of(rule, name), entries, settle, problem), beside)
 
 
 def _unsaveable(entries: Entries) -> str:
@@ -213,24 +214,36 @@ def _has(scan: Scan, path: str, glob: str) -> bool:
     return any(_has(scan, joined(path, name), rest) for name in names) if slash else any(True for _ in names)
 
 
-def _aliases(scan: Scan, path: str) -> Tuple[Tuple[str, str], ...]:
-    folder = path.rpartition("/")[0]
-    found: Dict[str, str] = {}
+def _beside(scan: Scan, folder: str) -> List[Tuple[str, str]]:
+    """What may stand for units of a folder, found once for all of them: links with what they point at, and Lightning's copies with ""."""
+    found = []
     for name in scan.names.get(folder, ()):
-        entry = scan.entries[joined(folder, name)]
-        is_its = not entry.target.startswith("/") and os.path.normpath(joined(folder, entry.target)) == path
-        if entry.kind == LINK and (is_its or (_has_extras(path) and is_extra(name))):
-            found[joined(folder, name)] = entry.target
-    return tuple(sorted(found.items()))
+        path = joined(folder, name)
+        target = scan.entries[path].target
+        if target or is_extra(name):
+            found.append((path, target and os.path.normpath(os.path.join(folder, target))))  # one that is absolute is no unit's
+    return found
 
 
-def _extra(scan: Scan, path: str) -> str:
-    folder = path.rpartition("/")[0]
-    found = (joined(folder, name) for name in scan.names.get(folder, ()) if _has_extras(path) and is_extra(name))
-    alike = (other for other in found if scan.entries[other].kind == scan.entries[path].kind)
-    return max(alike, key=lambda other: scan.entries[other].mtime_ns, default="")
+def _names(scan: Scan, unit: Unit, beside: List[Tuple[str, str]]) -> Unit:
+    """With what stands for it."""
+    aliases, extras = {}, []
+    for path, target in beside:
+        entry = scan.entries[path]
+        if target == unit.path or (entry.kind == LINK and _may_be_last(scan, unit, path, target)):
+            aliases[path] = entry.target
+        elif entry.kind == unit.kind and _may_be_last(scan, unit, path, path):
+            extras.append(path)
+    newest = max(extras, key=lambda path: scan.entries[path].mtime_ns, default="")
+    return unit._replace(aliases=tuple(sorted(aliases.items())), extra=newest)
 
 
-def _has_extras(path: str) -> bool:
-    """Whether Lightning may keep a link to it, or a copy of it, beside it: written after it, so it may still stand for the one before."""
-    return path.endswith(".ckpt") and not is_extra(path)
+def _may_be_last(scan: Scan, unit: Unit, path: str, target: str) -> bool:
+    """Whether Lightning may keep a link to it, or a copy of it, there: written after it, so `target` may still be the one before, or gone.
+
+    Where that has another size, it is no version of this one: of two ModelCheckpoints, one may keep weights only.
+    """
+    if not unit.rule.name.startswith("lightning") or not is_extra(path) or is_extra(unit.path):
+        return False
+    size = sum(entry.size for _, entry in scan.below(target))
+    return target not in scan.entries or abs(size - unit.size) <= max(size, unit.size) * _LIKE

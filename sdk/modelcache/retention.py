@@ -63,8 +63,8 @@ def plan(stored: Sequence[Mapping[str, Any]], rule: Rule) -> List[str]:
     """Keys to delete, oldest first, of references that the store has.
 
     `keep` of the newest stay (with `best` alone: one), and the best stays beside them. Of several captures of one unit (a guess
-    that was wrong, a step that was trained again) only the newest counts, and the others go. A `last.ckpt` that is the newest stays
-    beside the `keep`, as it does in the folder: often it is one of them once more.
+    that was wrong, a step that was trained again) only the newest counts, and the others go. The newest `last.ckpt` stays beside the
+    `keep`, as it does in the folder, unless it is older than one of them that it can be made of again (`extra`).
     """
     if not rule:
         return []
@@ -79,6 +79,11 @@ def plan(stored: Sequence[Mapping[str, Any]], rule: Rule) -> List[str]:
         best = _best(current, rule.best)
         if best is not None:
             stays.add(str(best["key"]))
+    last = next((each for each in made if units.is_extra(str(each["unit"]))), None)
+    if last is not None:
+        newer = [each for each in made[: made.index(last)] if each["key"] in stays]
+        if not any(each.get("extra") == last["unit"] for each in newer):
+            stays.add(str(last["key"]))
     return [str(each["key"]) for each in reversed(made) if each["key"] not in stays]
 
 

@@ -10,6 +10,7 @@ from . import keys, references
 
 GUESSED = "guessed"
 FOLDER = "folder"
+_EXTRA = re.compile(r"last(?:-v\d+)?\.ckpt")
 
 _Reference = TypeVar("_Reference", bound=Mapping[str, Any])
 
@@ -49,7 +50,7 @@ def is_guessed(reference: Mapping[str, Any]) -> bool:
 
 def is_extra(path: str) -> bool:
     """Lightning's `last.ckpt`: written over and over beside the numbered ones, and none of them where these are counted."""
-    return re.fullmatch(r"last.*\.ckpt", path.rpartition("/")[2]) is not None
+    return _EXTRA.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def written(reference: Mapping[str, Any]) -> float:

@@ -16,8 +16,9 @@ fields beside those of every checkpoint; whoever puts a unit back needs nothing 
     companions  {path in the watched directory: text}: files that lie beside the unit and name it, for the trainer to find ("latest",
                 "latest_checkpointed_iteration.txt"); to be written when the unit is put back, in exactly this text, after it.
     aliases     {path in the watched directory: target}: symbolic links that stood for the unit, or for the newest ("last.ckpt").
-    extra       path in the watched directory of the copy that the trainer keeps of its newest one (Lightning's "last.ckpt" as a file),
-                or "": one killed between the two left that copy older than the unit. Where there is none, it is made of the unit.
+    extra       path in the watched directory of the copy that the trainer keeps of its newest one (Lightning's "last.ckpt" as a file,
+                of about its size), or "": one killed between the two left that copy older than the unit. Where there is none, it is
+                made of the unit.
     supersedes  the key that the same unit had before it changed; "" if there is none.
 
 `metadata` holds `step` (int, if the unit's name tells) and the numbers that the trainer wrote about it as JSON: epoch, loss, ...

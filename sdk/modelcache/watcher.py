@@ -192,13 +192,16 @@ class Watcher:
         if cap is not None and self._ask.every and waits:  # the last one that there will be is waited for
             ready = []
         taken = 0
+        last = next((unit.path for unit in reversed(units) if is_extra(unit.path)), "")
         for unit in sorted(ready, key=lambda unit: unit.order, reverse=True):
-            if most is not None and taken >= most:
+            is_beside = unit.path == last  # as `retention.plan` counts
+            if most is not None and taken >= most and not is_beside:
                 self._give_up(unit, "newer ones are kept")
                 self._done_with(unit)
                 continue
             wait = self._take(unit, cap)
-            taken += wait == 0 and not (unit is units[-1] and is_extra(unit.path))  # as `retention.plan` counts
+            taken += wait == 0 and not is_beside
+            last = "" if wait == 0 and unit.extra == last else last  # it can be made of this one
             if wait > 0:
                 waits.append(wait)
                 continue
