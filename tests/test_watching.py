@@ -82,6 +82,20 @@ def test_a_block(out: Path, name: str) -> None:
     assert watched.status().captured_count == 0  # what was put back is no news
 
 
+def test_a_copy_that_was_put_back_is_no_news(out: Path, name: str, tmp_path: Path) -> None:
+    """Lightning's last.ckpt, made again of the numbered one."""
+    (tmp_path / "rules.json").write_text(json.dumps([{"name": "lightning", "pattern": r".*\.ckpt", "kind": "file", "settle": 0}]))
+    layout, unit = str(tmp_path / "rules.json"), "epoch=1-step=20.ckpt"
+    with modelcache.watch(out, name, layout=layout, flush_seconds=3):
+        write(out, {"last.ckpt": archive(b"10"), unit: archive(b"20")})
+        os.utime(out / "last.ckpt", (1, 1))
+    for _ in range(2):  # the second one finds all of it there
+        with modelcache.watch(tmp_path / "again", name, layout=layout, resume=True, flush_seconds=3) as watched:
+            assert watched.restored is not None and (watched.restored["unit"], watched.restored["extra"]) == (unit, "last.ckpt")
+            assert (tmp_path / "again/last.ckpt").read_bytes() == archive(b"20")
+        assert watched.status().captured_count == 0
+
+
 def test_an_end_without_time(out: Path, name: str) -> None:
     watched = modelcache.watch(out, name)
     train(out, 10)

@@ -27,6 +27,7 @@ class Restored(NamedTuple):
     reference: Dict[str, Any]
     unit: str
     was_there: bool  # nothing had to be put back
+    extras: Tuple[str, ...]  # copies of it that are there under other names, made now or before
 
 
 Listed = Callable[[], Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]]  # what is there, best first, and what is awaited
@@ -97,13 +98,18 @@ class _Place:
             if not is_there:
                 self._bring(source)
         self._name()
-        return Restored(self._reference, self._unit, is_there)
+        return Restored(self._reference, self._unit, is_there, tuple(filter(self._is_copy, self._extras)))
 
     def _is_known(self, source: str) -> bool:
         """As a watch knows it again, by names, sizes and age; only what has another age has to be read."""
         if _contents(self._target) != _contents(source):
             return False
         return _written_ns(self._target) == references.written_ns(self._reference) or _is_part(self._target, source)
+
+    def _is_copy(self, path: str) -> bool:
+        """As a watch knows it again."""
+        place = os.path.join(self._directory, path)
+        return _contents(place) == _contents(self._target) and _written_ns(place) == references.written_ns(self._reference)
 
     def _bring(self, source: str) -> None:
         with leftovers.beside(self._directory) as temporary:

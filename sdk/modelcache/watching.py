@@ -76,7 +76,7 @@ def begin(ask: watch_client.Ask, listed: Optional[resume.Listed], flush_seconds:
     restored = None if listed is None else resume.restore(ask.directory, listed, views.warn, ask.layout)
     os.makedirs(ask.directory, exist_ok=True)
     if restored is not None:
-        ask = ask._replace(restored=(restored.unit,))
+        ask = ask._replace(restored=(restored.unit, *restored.extras))
     client.shared().hello()  # a daemon that has to be started first inherits what this thread blocks
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are for threads that know what to do with them
     try:
