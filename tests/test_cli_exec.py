@@ -171,6 +171,13 @@ def test_it_ends_as_the_command_does(world: World, command: list[str], code: int
     assert ran.stdout == ("-- --json -q\n" if command[0] == "echo" else "")
 
 
+def test_the_commands_end_is_seen_where_a_caller_ignores_sigchld(world: World) -> None:
+    """The command, too, finds it as shells expect it."""
+    code = "import signal, sys; sys.exit(7 if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL else 1)"
+    ran = world.run("org/name", "--", sys.executable, "-c", code, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert ran.returncode == 7, ran.stderr
+
+
 def test_what_the_caller_handed_down_is_the_commands(world: World) -> None:
     with tempfile.TemporaryFile("w+") as file:
         ran = world.run("org/name", "--", sys.executable, "-c", f"import os; os.write({file.fileno()}, b'hello')", pass_fds=[file.fileno()])

@@ -35,6 +35,9 @@ def run(program: Sequence[str], environment: Dict[str, str], inherited: Sequence
     """
     waited_for = heeded(PASSED_ON) | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)  # from here on none is lost, and none interrupts us
+    # One that is ignored, as some supervisors leave it, would never come, and the kernel would keep the command's end from us. The command
+    # begins with the default too, which is what shells and Python's own subprocess count on.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.SIGTERM in waited_for:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for descriptor in inherited:
