@@ -85,23 +85,24 @@ def test_refused_at_once_and_served_as_soon_as_there_is_room(disk: Path, tmp_pat
 def test_a_disk_that_is_full_to_the_last_byte(disk: Path, tmp_path: Path, repos: Hub) -> None:
     """Nothing can be written at all: everything is refused, nothing ends the daemon, and it goes on when that is over."""
     filler = disk / "filler"
-    with (
-        Daemon.start(disk / "root", repos, store=f"file://{tmp_path}/store", **ANY) as daemon,
-        Client.of(daemon) as task,
-        wired(daemon.socket) as wire,
-    ):
+    with Daemon.start(disk / "root", repos, store=f"file://{tmp_path}/store", **ANY) as daemon, Client.of(daemon) as task:
         path = Path(task.fetch("org/4")["path"])
         take_all(filler)
         for repo in ("org/1", "org/9"):
             assert task.refused("fetch", repo_id=repo).is_error("NoSpaceError")
-        with pytest.raises(NoSpaceError):
-            wire.save("none", {"weights": b"w" * MIB})
+        with wired(daemon.socket) as wire:
+            with pytest.raises(NoSpaceError):
+                wire.save("none", {"weights": b"w" * MIB})
+            assert wire.request("status")["pid"] == daemon.pid
         assert (path / "model.safetensors").read_bytes() == bytes(Random("4", 4 * MIB)), "what is in use stays"
-        assert wire.request("status")["pid"] == daemon.pid
+        daemon.kill()
+        daemon.restart()
+        assert daemon.status()["disk"]["free_bytes"] < MIB
         filler.unlink()
         task.fetch("org/9")
-        wire.save("some", {"weights": b"w" * MIB})
-        wire.flush()
+        with wired(daemon.socket) as wire:
+            wire.save("some", {"weights": b"w" * MIB})
+            wire.flush()
     audit(daemon.root)
 
 

@@ -194,13 +194,16 @@ class RootError(ModelcachedError):
     name = "storage"
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Translates what the node's disk says while doing `what`: the one place where an OSError gets a name."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise NoSpace(
                 f"the disk is full: {what}", "free space on the cache's filesystem, or remove repos: modelcache ls, modelcache rm"
             ) from error

@@ -25,6 +25,6 @@ def max_size(root: Path) -> Space:
 
 
 def remember(layout: Layout, size: Space) -> None:
-    """Holds for every later start; what is written down already, stays."""
-    with contextlib.suppress(FileExistsError), open(layout.first_start, "x") as file:
+    """Holds for every later start; what is written down already, stays. On a full disk a later start decides."""
+    with contextlib.suppress(OSError), open(layout.first_start, "x") as file:
         file.write(str(size.size_bytes))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
 
 from . import durable
-from .errors import InUse, RootError
+from .errors import DISK_FULL, InUse, RootError
 from .filesystems import filesystem_type, is_local
 from .layout import FORMAT_VERSION, PRIVATE_FOLDERS, PUBLIC_FOLDERS, Layout
 
@@ -58,8 +59,8 @@ def _lock(layout: Layout) -> int:
         holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise RootLocked(f"another daemon (pid {holder}) uses the root {layout.root}", "stop it first, or choose another root") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk; what counts is the lock
+        os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n".encode(), 0))
     return lock
 
 
@@ -107,14 +108,16 @@ def _recover(layout: Layout) -> None:
 
 def _probe_links(layout: Layout) -> None:
     probe, second = layout.fresh("probe"), layout.fresh("probe")
-    probe.touch()
     try:
+        probe.touch()
         durable.link(probe, second)
     except OSError as error:
+        if error.errno in DISK_FULL and layout.version.exists():
+            return  # an earlier start found them, and only a daemon that runs can make room
         raise RootError(
             f"the root {layout.root} lies on {filesystem_type(layout.root)}, which has no hard links ({error.strerror})",
             "choose a root on ext4, xfs or btrfs",
         ) from error
     finally:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
         second.unlink(missing_ok=True)

@@ -161,6 +161,9 @@ def _rights(hello: HelloReply, status: Dict[str, Any]) -> Finding:
 
 def _features(features: Dict[str, Any], hello: HelloReply) -> Iterator[Finding]:
     kind = features["filesystem"]
+    if "reflinks" not in features:
+        yield Finding("copies", NOTE, "the disk was full when the daemon started: what else this %s can do is not known" % kind)
+        return
     if features["reflinks"]:
         yield Finding("copies", FINE, "private copies and saves share their blocks on this %s" % kind)
     else:
