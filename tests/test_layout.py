@@ -45,7 +45,7 @@ def test_a_git_id_means_something_in_one_repo_only() -> None:
 
 
 IDS = st.from_regex(r"\A[aB_.\-]{1,4}(/[aB_.\-]{1,4})?\Z")
-ENDPOINTS = st.sampled_from(["http://h", "https://h", "http://h:80", "http://h/a", "http://h:8%2F"])
+ENDPOINTS = st.sampled_from(["http://h", "https://h", "http://h:80", "http://h/a", "http://h:8%2F", "/tmp/x://h", "../../x://h"])
 REPOS = st.builds(Repo, ENDPOINTS, st.sampled_from(["model", "space"]), IDS)
 
 

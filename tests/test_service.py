@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from modelcache.errors import InvalidRequestError
+
 from .clients import Client, Tree, blobs, hashes, partials, sha256, views
 from .daemon import Daemon
 from .hub import Hub, Random
+from .saves import Wire, wired
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -264,12 +267,25 @@ def test_only_hubs_of_the_config_are_asked(hub: Hub, daemon: Daemon, repo: str, 
         with Client.of(daemon) as task:
             refused = task.refused("snapshot_download", repo_id=repo, endpoint=second.endpoint)
             assert "does not talk to" in refused.message and hub.endpoint in refused.message and second.requests() == []
+            with wired(daemon.socket) as wire:
+                refuses_foreign_folders(wire, tmp_path)
             daemon.restart(hub_endpoints=[second.endpoint])
             assert shown(task, task.download(repo, endpoint=second.endpoint)) == hashes(SECOND)
             assert shown(task, task.download(repo)) == hashes(FIRST)
         with Client.of(daemon, {"HF_ENDPOINT": second.endpoint + "/"}) as task:
             assert shown(task, task.download(repo)) == hashes(SECOND)
         assert hub.bytes_sent(sha256(FIRST["model.safetensors"])) + second.bytes_sent(sha256(FIRST["model.safetensors"])) == 2 * MIB
+
+
+def refuses_foreign_folders(wire: Wire, tmp_path: Path) -> None:
+    """Whoever asks: an endpoint names a folder of ours, and here one of the caller's, where opening a file never ends (I7)."""
+    foreign = tmp_path / "x+y/model--a--b"
+    foreign.mkdir(parents=True)
+    os.mkfifo(foreign / "visibility.json")
+    for endpoint in (f"{tmp_path}/x://y", "../../x://y", "http://127.0.0.9:1"):
+        for method, named in (("pin", {"name": "p"}), ("explain", {})):
+            with pytest.raises(InvalidRequestError, match="does not talk to"):
+                wire.request(method, repo_id="a/b", endpoint=endpoint, **named)
 
 
 def test_rm_refuses_what_is_in_use(hub: Hub, daemon: Daemon, task: Client, repo: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from .errors import EndpointNotAllowed
 from .kinds import GIB, KIB, KINDS, MIB, Space
 
 DEFAULT_FILE = Path("/etc/modelcached/modelcached.toml")  # read when it is there; a private daemon reads only what --config names
@@ -91,6 +92,16 @@ class Config:
     def endpoints(self) -> tuple[str, ...]:
         """The hubs this daemon talks to, the default first (I8)."""
         return tuple(dict.fromkeys((self.hub_endpoint, *self.hub_endpoints)))
+
+    def endpoint(self, asked: str | None) -> str:
+        """The one that a request means; it may name no other (I8)."""
+        endpoint = (asked or self.hub_endpoint).rstrip("/")
+        if endpoint not in self.endpoints:
+            raise EndpointNotAllowed(
+                f"this daemon does not talk to {asked}",
+                f"it talks to {', '.join(self.endpoints)}: unset HF_ENDPOINT, or add it to hub_endpoints in the daemon's config",
+            )
+        return endpoint
 
 
 class Problem(NamedTuple):

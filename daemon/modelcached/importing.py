@@ -125,10 +125,7 @@ class Importing:
 
     def _repo(self, params: ImportFiles | ImportCommit, caller: Caller) -> Repo:
         require_owner(caller, "import")
-        endpoint = self._config.hub_endpoint if params.endpoint is None else params.endpoint.rstrip("/")
-        if endpoint not in self._config.endpoints:
-            raise InvalidRequest(f"this daemon does not talk to {endpoint}", f"it talks to {', '.join(self._config.endpoints)}")
-        return check_repo(endpoint, params.repo_type, params.repo_id)
+        return check_repo(self._config.endpoint(params.endpoint), params.repo_type, params.repo_id)
 
     def _here(self, repo: Repo, name: str, size: int) -> Digest | None:
         digest = Digest(name) if is_digest(name) else self._repos.digest_of(repo, name)

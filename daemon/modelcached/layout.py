@@ -164,7 +164,7 @@ class Layout:
 def repo_folder(repo: Repo) -> str:
     """What is known of a repo lies in a folder of this name, on disk and in stores."""
     scheme, _, rest = repo.endpoint.partition("://")
-    return f"{scheme}+{quote(rest, safe=':')}/{repo.type}--{repo.id.replace('/', '--')}"
+    return f"{quote(scheme, safe='')}+{quote(rest, safe=':')}/{repo.type}--{repo.id.replace('/', '--')}"
 
 
 @lru_cache(4096)

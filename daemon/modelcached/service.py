@@ -25,7 +25,7 @@ from modelcache.protocol import (
 
 from . import __version__
 from .config import Config
-from .errors import EndpointNotAllowed, InUse, InvalidRequest, disk_errors
+from .errors import InUse, InvalidRequest, disk_errors
 from .fetch import Fetch
 from .importing import Importing
 from .keeping import Keeping
@@ -187,7 +187,7 @@ class Service:
 
     async def _do_remove(self, params: Remove, caller: Caller, report: Report) -> Reply:
         require_owner(caller, "remove repos")
-        repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        repo = check_repo(self._config.endpoint(params.endpoint), params.repo_type, params.repo_id)
         if self._fetch.is_running(repo):
             raise InUse(f"{repo} is being fetched", "wait until that is done, then remove it again")
         self._fetch.forget()
@@ -208,7 +208,7 @@ class Service:
         return Reply(self._statistics(None if is_owner(caller) else caller.uid))
 
     def _ask(self, params: FetchParams) -> Ask:
-        repo = check_repo(self._endpoint(params.endpoint), params.repo_type, params.repo_id)
+        repo = check_repo(self._config.endpoint(params.endpoint), params.repo_type, params.repo_id)
         self._policy.check(repo)
         for patterns in (params.allow_patterns, params.ignore_patterns):
             if patterns is not None and len(patterns) > MAX_PATTERNS:
@@ -225,18 +225,6 @@ class Service:
             force=params.force_download,
             local=params.local_files_only or self._config.offline,
         )
-
-    def _endpoint(self, asked: str | None) -> str:
-        """The daemon talks to the endpoints of its config only (I8)."""
-        if asked is None:
-            return self._config.hub_endpoint
-        allowed = (self._config.hub_endpoint, *self._config.hub_endpoints)
-        if asked.rstrip("/") not in allowed:
-            raise EndpointNotAllowed(
-                f"this daemon does not talk to {asked}",
-                f"it talks to {', '.join(allowed)}: unset HF_ENDPOINT, or add it to hub_endpoints in the daemon's config",
-            )
-        return asked.rstrip("/")
 
     def _as_seen(self, caller: Caller, known: Known) -> Known:
         """Listings show others' private repos to nobody (I8): not by a tree that looks the same in another repo either."""

@@ -148,7 +148,7 @@ class Tending:
         elif params.key is not None:
             what, names = params.key, await self._kept(params.key, params.store, caller)
         else:
-            repo = check_repo(params.endpoint or self._config.hub_endpoint, params.repo_type, params.repo_id or "")
+            repo = check_repo(self._config.endpoint(params.endpoint), params.repo_type, params.repo_id or "")
             what = str(repo) if params.revision is None else f"{repo}@{params.revision}"
             names = await self._pool.run(self._shown, repo, params.revision) if self._repos.may_know(repo, caller) else []
         visible = [name for name in names if is_owner(caller) or self._trees.may_enter(name, caller)]
