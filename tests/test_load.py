@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,14 @@ def test_a_view_that_was_written_to_is_mended(node: Daemon, wire: Wire) -> None:
     (view / "small").write_bytes(b"longer than it was")
     assert wire.load("files")["path"] == str(view)
     assert content(view) == hashes({"large.bin": Random("spoilt", 2 * MIB), "small": b"small", "other": b"other"})
+    with wire.open("tool", 3) as saving:
+        saving.file("run", b"run", executable=True)
+        saving.close()
+    for spoilt in (b"RUN", b"longer"):
+        tool = Path(wire.load("tool")["path"]) / "run"
+        assert (tool.read_bytes(), stat.S_IMODE(tool.stat().st_mode)) == (b"run", 0o555)
+        tool.write_bytes(spoilt)
+    assert Path(wire.load("tool")["path"], "run").read_bytes() == b"run"
 
 
 @pytest.mark.soak

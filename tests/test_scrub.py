@@ -77,6 +77,22 @@ def test_what_was_saved_comes_from_the_store(tmp_path: Path) -> None:
         assert blob(daemon, data).read_bytes() == data
 
 
+def test_an_executable_copy_and_a_truncated_blob_are_mended_too(tmp_path: Path) -> None:
+    """The copy is made of the good blob; how much of a blob is asked of the store, its tree says, and not what is left of it."""
+    data = os.urandom(MIB)
+    with Daemon.start(tmp_path / "root", store=f"file://{tmp_path}/store", **OFTEN) as daemon, wired(daemon.socket) as wire:
+        with wire.open("tool", MIB) as saving:
+            saving.file("run", data, executable=True)
+            saving.close()
+        wire.flush()
+        view, plain = Path(wire.load("tool")["path"]), blob(daemon, data)
+        damage(plain.with_name(f"{plain.name}.x"))
+        until(lambda: scrub(daemon)["repaired"] == 1)
+        assert (view / "run").read_bytes() == data and daemon.status()["quarantined"] == 1
+        os.truncate(plain, 100)
+        until(lambda: plain.exists() and plain.stat().st_size == MIB and (view / "run").read_bytes() == data)
+
+
 def test_what_is_in_use_is_left_alone(tmp_path: Path, hub: Hub) -> None:
     hub.commit("org/name", TREE)
     hub.commit("org/cold", {"cold.bin": b"cold" * 1000})

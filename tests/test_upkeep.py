@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelcached.blobs import Blobs
+from modelcached.durable import MTIME_NS
 from modelcached.errors import InUse
 from modelcached.evict import Evict
 from modelcached.holds import Holds
@@ -191,3 +192,16 @@ async def test_what_is_pinned_is_not_removed_but_what_was_pulled_is(node: Node) 
     node.pins.remove("my model", CALLER)()
     await node.remove()
     assert node.trees.names() == [] and not node.has(FIRST)
+
+
+async def test_verify_looks_at_executable_copies_too(node: Node) -> None:
+    """Same size, same mtime: only the bytes tell. What the copy is made of is good still, and stays."""
+    await node.show(FIRST)
+    digest = Digest(hashlib.sha256(FIRST).hexdigest())
+    node.blobs.make_executable(digest)
+    copy = node.blobs.path(digest, executable=True)
+    copy.write_bytes(SHARED[: len(FIRST)])
+    os.utime(copy, ns=(MTIME_NS, MTIME_NS))
+    assert (await node.upkeep.verify(None, lambda _: None)).damaged == [digest] and node.has(FIRST) and not copy.exists()
+    node.blobs.make_executable(digest)
+    assert (await node.upkeep.verify(None, lambda _: None)).damaged == [] and copy.read_bytes() == FIRST

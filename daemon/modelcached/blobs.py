@@ -40,10 +40,10 @@ class Blobs:
         self._unsynced: dict[Path, Digest] = {}  # captured files whose fsync failed, and what they held before; only `_seal` touches it
         self.quarantined = 0
 
-    def has(self, digest: Digest, size: int) -> bool:
+    def has(self, digest: Digest, size: int, executable: bool = False) -> bool:
         """Whether the blob is here and looks as it was published. One stat: may be called on the loop."""
         try:
-            found = os.stat(self._layout.blob(digest))
+            found = os.stat(self._layout.blob(digest, executable))
         except FileNotFoundError:
             return False
         return found.st_size == size and found.st_mtime_ns == durable.MTIME_NS
@@ -165,19 +165,19 @@ class Blobs:
 
     def make_executable(self, digest: Digest) -> None:
         """The same bytes once more, executable: modes belong to the file, not to its name (blocks)."""
-        target = self._layout.blob(digest, executable=True)
-        if not target.exists():
+        plain, target = self._layout.blob(digest), self._layout.blob(digest, executable=True)
+        if not self.has(digest, plain.stat().st_size, executable=True) and not self.check(digest, executable=True):
             source = self._layout.fresh("blob")
             try:
-                shutil.copyfile(self._layout.blob(digest), source)
+                shutil.copyfile(plain, source)
             except BaseException:
                 source.unlink(missing_ok=True)
                 raise
             self._give_names([durable.Staged(source, target, executable=True)])
 
-    def check(self, digest: Digest) -> bool:
-        """Re-hashes a blob (blocks). False: it lied or can't be read and is in quarantine, or was not here."""
-        path = self._layout.blob(digest)
+    def check(self, digest: Digest, executable: bool = False) -> bool:
+        """Re-hashes a blob, or its executable copy (blocks). False: it lied or can't be read and is in quarantine, or was not here."""
+        path = self._layout.blob(digest, executable)
         found = None
         try:
             found = hash_file(path)
@@ -188,15 +188,14 @@ class Blobs:
                 raise
         if found == digest:
             if os.stat(path).st_mtime_ns != durable.MTIME_NS:
-                durable.seal(path)
+                durable.seal(path, executable)
             return True
-        self.quarantine(digest)
+        self._quarantine([path] if executable else [path, self._layout.blob(digest, executable=True)])
         return False
 
-    def quarantine(self, digest: Digest) -> None:
-        """A blob that lies is never served again, and kept for whoever wants to know why."""
-        for executable in (False, True):
-            path = self._layout.blob(digest, executable)
+    def _quarantine(self, paths: list[Path]) -> None:
+        """A blob that lies is never served again, and kept for whoever wants to know why. The executable copy was made of it."""
+        for path in paths:
             if path.exists():
                 self.usage.note(path, -on_disk(os.stat(path)))
                 os.utime(path)  # views that still show these bytes are seen to lie too, also by the next daemon

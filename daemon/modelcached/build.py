@@ -129,7 +129,7 @@ async def build_service(
     leftovers = Leftovers(layout, blobs, trees, holds, config.grace, blob_flights.is_flying(layout), room.promised_downloads)
     evict = Evict(blobs, trees, tenants, leftovers, holds, room, pool, fetch.forget)
     upkeep = Upkeep(blobs, trees, repos, leases, pins, holds, pool, evict.drop)
-    repair = Repair(trees, repos, blob_flights, transfer, room, pool, lambda: stores.open(stores.default), config.offline)
+    repair = Repair(blobs, trees, repos, blob_flights, transfer, room, pool, lambda: stores.open(stores.default), config.offline)
     scrub = Scrub(layout, blobs, trees, leases, pool, config.scrub_rate, config.scrub_interval, fetch.note_damaged, repair.bring)
     closing.callback(scrub.close)
     lanes = Lanes("capture", MOST_HANGING, CAPTURE_STALL_SECONDS)

@@ -1,4 +1,5 @@
 """Repair: brings a blob that was damaged again, without anybody asking for it, and puts the good one into every view that shows it (I10).
+Of one whose executable copy alone was damaged, another copy is made.
 
 Best effort: a private repo needs its caller's token, and a small file of a save lies in a pack. Those come again when they are next
 asked for.
@@ -10,11 +11,12 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
+from .blobs import Blobs
 from .errors import ModelcachedError
 from .flights import BlobFlights, Place
 from .hub import Source
 from .meter import Meter
-from .model import Commit, Content, Digest, ListedFile, Repo
+from .model import Commit, Content, Digest, ListedFile, Repo, TreeFile
 from .places import HubPlace, StorePlace
 from .repos import Repos
 from .room import Room
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 class Repair:
     def __init__(
         self,
+        blobs: Blobs,
         trees: Trees,
         repos: Repos,
         flights: BlobFlights,
@@ -38,6 +41,7 @@ class Repair:
         store: Callable[[], Awaitable[Store]],
         is_offline: bool,
     ) -> None:
+        self._blobs = blobs
         self._trees = trees
         self._repos = repos
         self._flights = flights
@@ -47,8 +51,19 @@ class Repair:
         self._store = store
         self._is_offline = is_offline
 
-    async def bring(self, digest: Digest, size: int) -> bool:
+    async def bring(self, digest: Digest) -> bool:
         """Whether the blob is here again, and every view shows it."""
+        shown = await self._pool.run(lambda: list(self._shown(digest)))
+        if not shown:
+            return False  # nobody needs it
+        if not self._blobs.has(digest, shown[0].size) and not await self._fetch(digest, shown[0].size):
+            return False
+        if any(file.executable for file in shown):
+            await self._pool.run(self._blobs.make_executable, digest)
+        await self._pool.run(self._trees.relink, digest)
+        return True
+
+    async def _fetch(self, digest: Digest, size: int) -> bool:
         places: list[tuple[Content, Place]] = []
         if not self._is_offline:
             named = await self._pool.run(lambda: list(self._of_hub(digest)))
@@ -63,9 +78,13 @@ class Repair:
             except ModelcachedError as error:
                 log.info("not brought again", extra={"place": place.label, "error": str(error)})
                 continue
-            await self._pool.run(self._trees.relink, digest)
             return True
         return False
+
+    def _shown(self, digest: Digest) -> Iterator[TreeFile]:
+        """As which files trees have it: what lies on the disk tells nothing, not even its size (blocks)."""
+        for tree in map(self._trees.load, self._trees.names()):
+            yield from (file for file in tree.files if file.sha256 == digest) if tree else ()
 
     def _of_hub(self, digest: Digest) -> Iterator[tuple[Repo, Commit, ListedFile]]:
         """Files of public repos that have these bytes (blocks)."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -44,6 +45,12 @@ class _Round(msgspec.Struct):
     shard: int = 0
 
 
+class _Found(NamedTuple):
+    digest: Digest
+    executable: bool
+    size: int  # bytes, as it lies there
+
+
 _round_json = msgspec.json.Decoder(_Round)
 
 
@@ -60,7 +67,7 @@ class Scrub:
         rate: int,
         interval_seconds: float,
         note_damaged: Callable[[Digest], None],
-        bring: Callable[[Digest, int], Awaitable[bool]],
+        bring: Callable[[Digest], Awaitable[bool]],
     ) -> None:
         self._layout = layout
         self._blobs = blobs
@@ -97,14 +104,14 @@ class Scrub:
     async def _finish_round(self) -> None:
         while self._round.shard < len(self._shards):
             self._round.shard, cold = await self._pool.run(self._next)
-            for digest, size in cold:
-                await self._check(digest, size)
+            for found in cold:
+                await self._check(*found)
             self._round.shard += 1
             await self._pool.run(self._write)
 
-    async def _check(self, digest: Digest, size: int) -> None:
+    async def _check(self, digest: Digest, executable: bool, size: int) -> None:
         """Hashes one blob, and mends it if it lies. Between two pieces it rests as long as the rate says."""
-        sha256, path = hashlib.sha256(), self._blobs.path(digest)
+        sha256, path = hashlib.sha256(), self._blobs.path(digest, executable)
         loop = asyncio.get_running_loop()
         for start in range(0, size, PIECE_BYTES):
             began = loop.time()
@@ -121,21 +128,22 @@ class Scrub:
         self.scrubbed["blobs"] += 1
         if sha256.hexdigest() == digest or not path.exists():
             return
-        if await self._pool.run(self._blobs.check, digest):  # the answer of the disk itself: not what was in memory for a moment
+        # The answer of the disk itself: not what was in memory for a moment.
+        if await self._pool.run(self._blobs.check, digest, executable):
             return
         self.scrubbed["damaged"] += 1
-        log.error("a blob is damaged", extra={"blob": digest, "bytes": size})
+        log.error("a blob is damaged", extra={"blob": path.name, "bytes": size})
         self._note_damaged(digest)
-        if await self._bring(digest, size):
+        if await self._bring(digest):
             self.scrubbed["repaired"] += 1
 
-    def _next(self) -> tuple[int, list[tuple[Digest, int]]]:
+    def _next(self) -> tuple[int, list[_Found]]:
         """The next shard that is not empty, and which of its blobs nobody uses; or the last one (blocks)."""
         number = self._round.shard
         while not (found := _listed(self._shards[number])) and number + 1 < len(self._shards):
             number += 1
         hot = self._hot() if found else ()
-        return number, [(digest, size) for digest, size in found if digest not in hot]
+        return number, [each for each in found if each.digest not in hot]
 
     def _hot(self) -> set[Digest]:
         """What is in use: whoever reads it now should find it in memory, and the disk free (blocks)."""
@@ -154,13 +162,14 @@ class Scrub:
         durable.record(self._layout.scrubbed, msgspec.json.encode(self._round), self._layout.fresh("scrubbed"))
 
 
-def _listed(shard: Path) -> list[tuple[Digest, int]]:
+def _listed(shard: Path) -> list[_Found]:
     found = []
     with os.scandir(shard) as files:
         for file in files:
             with contextlib.suppress(FileNotFoundError):
-                if is_digest(file.name):
-                    found.append((Digest(file.name), file.stat(follow_symlinks=False).st_size))
+                name = file.name.removesuffix(".x")
+                if is_digest(name):
+                    found.append(_Found(Digest(name), name != file.name, file.stat(follow_symlinks=False).st_size))
     return sorted(found)
 
 

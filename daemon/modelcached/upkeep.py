@@ -128,7 +128,7 @@ class Upkeep:
         for digest, size in sorted(wanted.items()):
             if not self._blobs.path(digest).exists():
                 missing.append(digest)
-            elif not await self._pool.run(self._blobs.check, digest):
+            elif not await self._pool.run(self._check, digest):
                 damaged.append(digest)
             meter.finish(size)
             now = asyncio.get_running_loop().time()
@@ -136,6 +136,10 @@ class Upkeep:
                 shown_at = now
                 meter.show()
         return VerifyReply(len(wanted), sum(wanted.values()), list(damaged), list(missing))
+
+    def _check(self, digest: Digest) -> bool:
+        is_executable = self._blobs.path(digest, executable=True).exists()
+        return self._blobs.check(digest) and (not is_executable or self._blobs.check(digest, executable=True))
 
     def _blobs_of(self, repo: Repo | None) -> dict[Digest, int]:
         names = self._trees.names() if repo is None else list(self._repos.shown(repo))
