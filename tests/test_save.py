@@ -203,7 +203,14 @@ def test_what_is_handed_over_again_replaces_what_was(daemon: Daemon, wire: Wire)
     view = Path(wire.load("again")["path"])
     assert {path.name: set(path.read_bytes()) for path in view.iterdir()} == {"a.bin": {ord("5")}, "b": {ord("3")}}
     (entry,) = (daemon.root / "spool").glob("2*")
-    assert len(os.listdir(entry / "files")) == 2  # what was replaced takes no room
+    assert len(os.listdir(entry / "files")) == 2 and os.listdir(entry / "packs") == []  # what was replaced takes no room
+    with wire.open("packs", 6, 2) as saving:
+        for _ in range(3):
+            saving.pack({"a": b"abc", "b": b"def"})
+        with pytest.raises(InvalidRequestError, match="larger than was said"):
+            saving.pack({"a": b"ABC"})  # the pack stays, because of the other one
+        assert saving.close()["size"] == 6
+    assert {path.name: path.read_bytes() for path in Path(wire.load("packs")["path"]).iterdir()} == {"a": b"abc", "b": b"def"}
 
 
 def test_the_client_goes_while_its_save_is_being_kept(daemon: Daemon) -> None:

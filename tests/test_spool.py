@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 
 from modelcache.errors import SaveUnknownError, StorageError
-from modelcached.errors import SaveUnknown, TooMany
+from modelcached.errors import InvalidRequest, SaveUnknown, TooMany
 from modelcached.layout import Layout
 from modelcached.model import TreeId
 from modelcached.root import open_root
+from modelcached.save import taking
 from modelcached.spool import MAX_OPEN, Entry, OpenSave, SavedFile, Spool
 
 from .clients import Client
@@ -112,6 +113,31 @@ def test_who_opens_too_many(layout: Layout) -> None:
     assert len(spool.abandoned()) == MAX_OPEN + 1
     spool.close()
     assert os.listdir(layout.tmp) == [] and spool.reserved_bytes == 0
+
+
+def test_what_was_promised_is_used_once(layout: Layout) -> None:
+    spool = Spool(layout)
+    save, alive = begin(spool, 6)
+
+    def capture(kind: str, *paths: str) -> int:
+        source = save.next_source(kind)
+        (save.folder / source).write_bytes(b"abc" * len(paths))
+        save.add(source, [SavedFile(path, 3, False, source) for path in paths])
+        return 3 * len(paths)
+
+    for _ in range(3):
+        with taking(save, [("a", 3, False), ("b", 3, False)]) as captured:
+            captured.append(capture("packs", "a", "b"))
+        assert save.room_left == spool.reserved_bytes == 0 and len(os.listdir(save.folder / "packs")) == 1
+    with pytest.raises(InvalidRequest), taking(save, [("a", 3, False)]):
+        pass
+    with taking(save, [("a", 3, False), ("b", 3, False)]) as captured:
+        captured.append(capture("files", "a"))
+        with taking(save, [("a", 3, False)]):  # meanwhile, and it can't be captured
+            pass
+    assert save.room_left == spool.reserved_bytes == 6 and os.listdir(save.folder / "files") == []
+    os.close(alive)
+    spool.close()
 
 
 def test_a_save_is_open_as_long_as_somebody_holds_its_lock(layout: Layout) -> None:

@@ -100,14 +100,14 @@ class Save:
     async def take(self, save: OpenSave, files: list[Handed], descriptors: tuple[int, ...]) -> list[int]:
         """Captures large files; the positions of those that changed meanwhile."""
         changed: list[int] = []
-        with self._taking(save, files):
+        with taking(save, files) as captured:
             sources = [save.next_source("files") for _ in files]
 
             async def take_one(position: int) -> None:
                 path, size, executable = files[position]
                 if await self._capture(save, descriptors[position], path, size, sources[position]):
-                    save.files[path] = SavedFile(path, size, executable, sources[position])
-                    save.reserved_bytes -= size
+                    save.add(sources[position], [SavedFile(path, size, executable, sources[position])])
+                    captured.append(size)
                 else:
                     changed.append(position)
 
@@ -116,14 +116,16 @@ class Save:
 
     async def take_pack(self, save: OpenSave, files: list[Handed], descriptor: int) -> None:
         """Captures small files that come one after another in one descriptor."""
-        with self._taking(save, files):
+        with taking(save, files) as captured:
             size, source, offset = sum(size for _, size, _ in files), save.next_source("packs"), 0
             if not await self._capture(save, descriptor, "pack", size, source):
                 raise InvalidRequest("a pack is not as long as its files", "hand over all bytes of the files, one file after another")
+            packed = []
             for path, length, executable in files:
-                save.files[path] = SavedFile(path, length, executable, source, offset)
+                packed.append(SavedFile(path, length, executable, source, offset))
                 offset += length
-            save.reserved_bytes -= size
+            save.add(source, packed)
+            captured.append(size)
 
     async def close(self, save: OpenSave, links: list[tuple[str, str]], folders: list[str]) -> dict[str, Any]:
         """Keeps the save; its complete reference. Nothing is said before the spool entry is safe (I3)."""
@@ -170,29 +172,31 @@ class Save:
                 save.entry.uid, save.lanes, lambda beat: capture.capture(own, path, size, target, beat), lambda: os.close(own)
             )
 
-    @contextmanager
-    def _taking(self, save: OpenSave, files: list[Handed]) -> Iterator[None]:
-        """Takes the files' bytes from what was promised; a path that is handed over again gives back its own."""
-        check_paths([path for path, _, _ in files], "save")
-        size = sum(size for _, size, _ in files)
-        earlier = [save.files[path] for path, _, _ in files if path in save.files]
-        room = save.room_left + sum(file.size for file in earlier)
-        if size > room or any(size < 0 for _, size, _ in files):
-            raise InvalidRequest("the save is larger than was said when it was opened", "open another one")
-        if len(save.files) - len(earlier) + len(files) > MAX_FILES:
-            raise InvalidRequest("the save has too many files", f"at most {MAX_FILES}")
-        for file in earlier:
-            del save.files[file.path]
-            if not file.is_packed:
-                (save.folder / file.source).unlink()
-                save.reserved_bytes += file.size
-        save.room_left = room - size
-        save.capturing += 1
-        try:
-            yield
-        finally:
-            save.capturing -= 1
-            save.room_left += sum(size for path, size, _ in files if path not in save.files)
+
+@contextmanager
+def taking(save: OpenSave, files: list[Handed]) -> Iterator[list[int]]:
+    """Takes the files' bytes from what was promised, but for those that are not `captured` in the end.
+
+    A path that is handed over again gives back its own; one in a pack does together with the last of that pack: until then its
+    bytes stay where they are.
+    """
+    check_paths([path for path, _, _ in files], "save")
+    size = sum(size for _, size, _ in files)
+    earlier = [save.files[path] for path, _, _ in files if path in save.files]
+    room = save.room_left + sum(save.unnamed(earlier).values())
+    if size > room or any(size < 0 for _, size, _ in files):
+        raise InvalidRequest("the save is larger than was said when it was opened", "open another one")
+    if len(save.files) - len(earlier) + len(files) > MAX_FILES:
+        raise InvalidRequest("the save has too many files", f"at most {MAX_FILES}")
+    save.replace(earlier)
+    save.room_left -= size
+    save.capturing += 1
+    captured: list[int] = []
+    try:
+        yield captured
+    finally:
+        save.capturing -= 1
+        save.room_left += size - sum(captured)
 
 
 def _complete(save: OpenSave, links: list[tuple[str, str]], folders: list[str]) -> None:

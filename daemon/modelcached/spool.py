@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,10 +100,36 @@ class OpenSave:
         self.links: list[tuple[str, str]] = []
         self.folders: list[str] = []
         self._sources = 0
+        self._named: dict[str, tuple[int, int]] = {}  # of a source with captured bytes: by how many files it is named, and its size
 
     def next_source(self, kind: str) -> str:
         self._sources += 1
         return f"{kind}/{self._sources}"
+
+    def add(self, source: str, files: list[SavedFile]) -> None:
+        """Files whose bytes are in this source now."""
+        self.files.update((file.path, file) for file in files)
+        size = sum(file.size for file in files)
+        self._named[source] = len(files), size
+        self.reserved_bytes -= size
+
+    def unnamed(self, files: list[SavedFile]) -> dict[str, int]:
+        """Sources that nothing names without these files, and their sizes: large files, and packs of which all are among them."""
+        lost = Counter(file.source for file in files)
+        return {source: self._named[source][1] for source, count in lost.items() if self._named[source][0] == count}
+
+    def replace(self, files: list[SavedFile]) -> None:
+        """These are handed over again. What nothing names any more goes, and what it took may be used again."""
+        unnamed = self.unnamed(files)
+        for file in files:
+            del self.files[file.path]
+            count, size = self._named[file.source]
+            self._named[file.source] = count - 1, size
+        for source, size in unnamed.items():
+            del self._named[source]
+            (self.folder / source).unlink()
+            self.room_left += size
+            self.reserved_bytes += size
 
 
 class Spool:

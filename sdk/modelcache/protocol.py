@@ -224,7 +224,7 @@ class SaveTree(NamedTuple):
 class SaveFiles(NamedTuple):
     """Hands over files, one descriptor each, read-only (method `save_files`). Reply: SaveFilesReply, when they are captured.
 
-    A path that was handed over before, here or in a pack, is replaced.
+    A path that was handed over before, here or in a pack, is replaced: a file gives back its room, a pack with the last of its paths.
     """
 
     save: str
