@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
@@ -241,6 +242,9 @@ def test_the_hub_is_away(hub: Hub, tmp_path: Path, store: str) -> None:
         for token in ("hf_mine", None):
             assert third.refused("snapshot_download", repo_id="org/secret", token=token or False).error
         assert third.refused("snapshot_download", repo_id="org/never").error
+        (path,) = daemons[0].root.glob("repos/*/model--org--model/visibility.json")
+        said = [json.loads((daemon.root / path.relative_to(daemons[0].root)).read_text())["checked"] for daemon in daemons]
+        assert said == said[:1] * 3, "nobody heard it from the hub later than the first"
 
 
 def test_the_store_is_away(hub: Hub, tmp_path: Path, seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,8 @@ def test_a_cache_comes_over_without_the_network(tmp_path: Path, hub: Hub, cache:
             assert outcome.error is None and outcome.files == right, (asked, outcome)
         again = imported(daemon, cache, "--public")
         assert [each["taken"] for each in again.values()] == [0], "what is here is not taken twice"
+        (seen,) = daemon.root.glob("repos/*/*/visibility.json")
+        assert json.loads(seen.read_text())["checked"] == 0, "the hub did not say that it is public"
     assert sorted(path.name for path in (cache / "models--org--model" / "blobs").iterdir()), "the other cache keeps what it has"
 
 

@@ -165,7 +165,7 @@ class Importing:
     def _note(self, repo: Repo, listing: Listing, params: ImportCommit) -> None:
         """What the hub is known to have said. Whether the repo is public is not among it, unless an owner says so (I8)."""
         if self._repos.visibility(repo) is None:
-            self._repos.set_visibility(repo, private=not (params.public or self._config.private), gated=False)
+            self._repos.set_visibility(repo, private=not (params.public or self._config.private), gated=False, checked=0.0)
         if params.is_whole:
             self._repos.set_listing(repo, listing)
         else:

@@ -204,7 +204,7 @@ class Lookup:
             else:
                 ref = await self._exchange.answered(records.ref(repo, revision))
             if ref is not None and self._repos.visibility(repo) is None:
-                self._repos.set_visibility(repo, private=False, gated=False)
+                self._repos.set_visibility(repo, private=False, gated=False, checked=seen.checked)
             return ref
         return None
 

@@ -96,8 +96,9 @@ class Repos:
                 self._visibility.put(repo, known)
         return known
 
-    def set_visibility(self, repo: Repo, private: bool, gated: bool) -> Visibility:
-        seen = self._visibility.put(repo, Visibility(private, gated, time.time(), *repo))
+    def set_visibility(self, repo: Repo, private: bool, gated: bool, checked: float | None = None) -> Visibility:
+        """`checked`: when the hub said so, if it was not now; 0 if nobody knows."""
+        seen = self._visibility.put(repo, Visibility(private, gated, time.time() if checked is None else checked, *repo))
         path = self._layout.visibility(repo)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         durable.record(path, msgspec.json.encode(seen), self._layout.fresh("visibility"))
