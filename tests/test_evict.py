@@ -264,6 +264,8 @@ HOUR, MINUTE = 3600.0, 60.0
         ("quarantine", 2 * HOUR, False, ""),
         ("quarantine", 0.0, False, "quarantine"),
         ("quarantine", 0.0, True, ""),
+        ("partial", -1e8, False, ""),  # the clock was wrong then
+        ("partial", -1.0, False, "ended"),
     ],
 )
 async def test_whose_bytes_are_nobodys(tmp_path: Path, what: str, age: float, is_save: bool, why: str) -> None:

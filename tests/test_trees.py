@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -184,6 +185,12 @@ def test_trees_are_kept_and_damaged_ones_are_not_believed(node: Node, tree: Tree
     os.utime(node.layout.tree(name), (1, 1))
     node.trees.touch(name)  # written down a moment ago
     assert node.trees.last_used(name) == 1
+    wrong, right = time.time() + 1e8, time.time()
+    clock = iter((wrong, right))
+    trees = Trees(node.layout, node.layout.blob, lambda: next(clock))
+    for now in (wrong, right):  # put right meanwhile
+        trees.touch(name)
+        assert abs(trees.last_used(name) - now) < 1
 
 
 def test_drop_takes_it_out_of_sight_at_once(node: Node, tree: Tree) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -205,3 +206,11 @@ async def test_verify_looks_at_executable_copies_too(node: Node) -> None:
     assert (await node.upkeep.verify(None, lambda _: None)).damaged == [digest] and node.has(FIRST) and not copy.exists()
     node.blobs.make_executable(digest)
     assert (await node.upkeep.verify(None, lambda _: None)).damaged == [] and copy.read_bytes() == FIRST
+
+
+async def test_a_last_use_in_the_future_holds_nothing(node: Node, tmp_path: Path) -> None:
+    """The node was up with a clock that was wrong."""
+    name = await node.show(FIRST)
+    later = time.time() + 10 * 365 * 86400
+    os.utime(tmp_path / f"root/trees/{name}.json", (later, later))
+    assert (await node.evict.make_room(1, False)).evictable > 0 and not node.has(FIRST)

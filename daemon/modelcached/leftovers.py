@@ -22,7 +22,7 @@ from .blobs import Blobs
 from .holds import Holds
 from .layout import Layout
 from .model import Digest, TreeId, is_digest
-from .trees import Trees
+from .trees import Trees, age
 from .usage import on_disk
 
 SEARCH_SECONDS = 0.3  # somebody waits; what is not found then is found by a later search, which begins where this one ended
@@ -101,7 +101,7 @@ class Leftovers:
         least = self._grace_seconds
         if is_save and leftover.kind != "note":
             least = min(least, SETTLING_SECONDS if leftover.kind == "blob" else -1.0)
-        if self._clock() - changed > least:
+        if age(changed, self._clock()) > least:
             return ""
         return "quarantine" if leftover.kind == "quarantine" else "ended"
 

@@ -18,7 +18,7 @@ from .pins import Pins
 from .repos import Repos
 from .spool import Spool
 from .tasks import Pool
-from .trees import Trees
+from .trees import Trees, age
 
 
 class Tenancy(NamedTuple):
@@ -83,7 +83,7 @@ class Tenants:
         for name, moment in used.items():
             if name in self._holds:
                 add(name, Tenancy("flight"))
-            if moment + self._grace_seconds > now:
+            if age(moment, now) < self._grace_seconds:
                 add(name, Tenancy("grace", since=moment, until=moment + self._grace_seconds))
         return held
 
@@ -97,7 +97,7 @@ class Tenants:
             used = self._trees.last_used(name)
         except FileNotFoundError:
             return True  # it went with something else
-        return used != since or (not is_save and used + self._grace_seconds > time.time())
+        return used != since or (not is_save and age(used, time.time()) < self._grace_seconds)
 
     def again(self, name: TreeId) -> str:
         """Where a tree can be fetched again, as far as this node knows: "store", "hub" or "" (nowhere)."""

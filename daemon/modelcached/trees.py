@@ -7,6 +7,7 @@ built aside and renamed into place, so it is there whole or not at all (I2). Who
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import stat
@@ -22,12 +23,14 @@ from .model import Caller, Digest, Tree, TreeFile, TreeId, decode_tree, is_diges
 
 BlobPath = Callable[[Digest, bool], Path]
 TOUCH_SECONDS = 60.0  # a tree's last use is written down at most so often
+SKEW_SECONDS = 60.0  # so far ahead may be what was written right before the clock was put right
 
 
 class Trees:
-    def __init__(self, layout: Layout, blob_path: BlobPath) -> None:
+    def __init__(self, layout: Layout, blob_path: BlobPath, clock: Callable[[], float] = time.time) -> None:
         self._layout = layout
         self._blob_path = blob_path
+        self._clock = clock
         self._touched: dict[TreeId, float] = {}
         self._mending = [threading.Lock() for _ in range(64)]  # by the first byte of a tree's name: one at a time mends a view
 
@@ -56,8 +59,8 @@ class Trees:
 
     def touch(self, name: TreeId) -> None:
         """Remembers that the tree is in use now."""
-        now = time.time()
-        if now - self._touched.get(name, 0.0) >= TOUCH_SECONDS:
+        now = self._clock()
+        if abs(now - self._touched.get(name, 0.0)) >= TOUCH_SECONDS:
             os.utime(self._layout.tree(name), (now, now))
             self._touched[name] = now
 
@@ -208,6 +211,11 @@ class Trees:
         finally:
             fresh.unlink(missing_ok=True)
             folder.chmod(mode)
+
+
+def age(moment: float, now: float) -> float:
+    """Seconds since then; infinite if that lies well in the future, for then some clock was wrong."""
+    return now - moment if now - moment >= -SKEW_SECONDS else math.inf
 
 
 def _is_open(view: Path) -> bool:
