@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from modelcached.holds import Holds, Lingering
+
 from .clients import Client, hashes
 from .daemon import Daemon, clean_environment
 from .hub import Hub, Random
 from .kernel import Machine, require_root
-from .saves import MIB, Tree, until, wired
+from .saves import MIB, Tree, read_only_file, until, wired
 from .test_capture import HangingFiles
 from .test_capture import hanging as hanging
 
@@ -175,6 +178,40 @@ def test_what_came_over_can_go_again(tmp_path: Path, hub: Hub, cache: Path) -> N
             assert wire.request("rm", repo_id="org/old")["freed_bytes"] >= 8 * MIB
             assert wire.request("status")["room"]["used_bytes"] < MIB
     assert large(cache).stat().st_size == 8 * MIB
+
+
+def test_what_an_import_has_handed_over_is_nobodys_leftover(tmp_path: Path) -> None:
+    """Until its commit shows it, which may be hours later; and afterwards it goes with that."""
+    data, oid = b"weights" * 1000, "a" * 40
+    sha256 = hashlib.sha256(data).hexdigest()
+    listing = json.dumps({"commit": "c" * 40, "files": [["model.bin", len(data), oid, sha256, None]]}).encode()
+    with Daemon.start(tmp_path / "root", min_free="0", grace="0") as daemon, wired(daemon.socket) as wire:
+        blob = daemon.root / "blobs/sha256" / sha256[:2] / sha256
+        for taken in ([0], []):  # what is here already is held, too
+            reply = wire.request("import_files", [read_only_file(data)], repo_id="org/slow", files=[(sha256, len(data))])
+            assert reply["taken"] == taken and wire.request("evict", size_bytes=0)["leftovers"] == 0 and blob.exists()
+        said = wire.request("import_commit", [read_only_file(listing)], repo_id="org/slow", refs=[], is_whole=True, public=True)
+        assert said["missing"] == [] and blob.exists()
+        assert wire.request("rm", repo_id="org/slow")["freed_bytes"] > 0 and not blob.exists()
+
+
+async def test_what_nobody_goes_on_with_is_let_go() -> None:
+    holds, gone = Holds(), asyncio.Event()
+    handed = Lingering(holds, 0)
+    with handed.hand("repo") as first:
+        first.add(["a"])
+        with handed.hand("repo") as second:
+            second.add(["a", "b"])
+        handed.let_go("repo")
+        assert "a" in holds and "b" in holds, "a call is under way"
+    assert len(holds) == 2, "and may be followed by another"
+    asyncio.get_running_loop().call_later(0, gone.set)
+    await gone.wait()
+    assert len(holds) == 0
+    with handed.hand("repo") as third:
+        third.add(["a"])
+    handed.let_go("repo")
+    assert len(holds) == 0
 
 
 def test_a_file_that_hangs_keeps_its_descriptor(tmp_path: Path, hanging: HangingFiles) -> None:

@@ -6,8 +6,9 @@ looks whether the thing is on the disk can't lose it (I4).
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -60,3 +61,34 @@ class Hand:
         for name in self._names:
             self._holds.give_back(name)
         self._names.clear()
+
+
+class Lingering:
+    """Hands that outlive the calls which fill them: one for each key, until it is let go, or no call was under way for so long."""
+
+    def __init__(self, holds: Holds, idle_seconds: float) -> None:
+        self._holds = holds
+        self._idle_seconds = idle_seconds
+        self._hands: dict[Hashable, Hand] = {}
+        self._calls: Counter[Hashable] = Counter()
+        self._ends: dict[Hashable, asyncio.TimerHandle] = {}
+
+    @contextmanager
+    def hand(self, key: Hashable) -> Iterator[Hand]:
+        """The key's hand, for one call."""
+        self._calls[key] += 1
+        if key in self._ends:
+            self._ends.pop(key).cancel()
+        try:
+            yield self._hands.setdefault(key, Hand(self._holds))
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
+                self._ends[key] = asyncio.get_running_loop().call_later(self._idle_seconds, self.let_go, key)
+
+    def let_go(self, key: Hashable) -> None:
+        """Drops the key's hand, unless another call is at it."""
+        if key in self._ends:
+            self._ends.pop(key).cancel()
+            self._hands.pop(key).drop()

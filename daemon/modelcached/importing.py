@@ -27,7 +27,7 @@ from . import capture
 from .blobs import HASH_BYTES, Blobs
 from .config import Config
 from .errors import InvalidRequest, disk_errors
-from .holds import Holds
+from .holds import Hand, Holds, Lingering
 from .lanes import Lanes
 from .layout import Layout
 from .meter import Report
@@ -57,6 +57,7 @@ from .trees import Trees
 COPIES_AT_ONCE = 4
 MAX_LISTING_BYTES = 64 << 20
 MAX_REFS = 10_000
+IDLE_SECONDS = 600.0  # an import that brings nothing for so long has ended: what no commit shows is anybody's leftover then
 log = logging.getLogger(__name__)
 
 Verb = Callable[[Any, Caller, Report, tuple[int, ...]], Awaitable[Reply]]
@@ -75,6 +76,7 @@ class Importing:
         self._lanes = lanes
         self._room = room
         self._holds = holds
+        self._handed = Lingering(holds, IDLE_SECONDS)  # by repo: what was handed over, and no commit shows yet
         self._copies = asyncio.Semaphore(COPIES_AT_ONCE)
         self.verbs: dict[str, tuple[type, Verb]] = {
             "import_files": (ImportFiles, self._files),
@@ -93,11 +95,14 @@ class Importing:
 
         async def take(position: int) -> None:
             name, size = params.files[position]
-            if await self._pool.run(self._here, repo, name, size) is not None:
-                return
-            (taken if await self._take(repo, name, size, descriptors[position], caller) else refused).append(position)
+            digest = await self._pool.run(self._here, repo, name, size)
+            if digest is not None:
+                hand.add([digest])
+                if self._blobs.has(digest, size):  # still, now that nobody takes it away
+                    return
+            (taken if await self._take(repo, name, size, descriptors[position], caller, hand) else refused).append(position)
 
-        with disk_errors("importing files"):
+        with self._handed.hand(repo) as hand, disk_errors("importing files"):
             await each(range(len(descriptors)), take, COPIES_AT_ONCE)
         return Reply(ImportFilesReply(sorted(taken), sorted(refused)))
 
@@ -108,6 +113,12 @@ class Importing:
         listing = await self._pool.run(_read_listing, descriptors[0], repo)
         for revision, _ in params.refs:
             check_revision(revision)
+        with self._handed.hand(repo):
+            reply = await self._take_over(repo, listing, params)
+        self._handed.let_go(repo)
+        return reply
+
+    async def _take_over(self, repo: Repo, listing: Listing, params: ImportCommit) -> Reply:
         seen = await self._pool.run(self._all_here, repo, listing)
         with self._holds.hand(*seen.values()), disk_errors(f"importing {repo}"):
             here = await self._pool.run(self._all_here, repo, listing)  # once more, now that nobody takes them away
@@ -135,7 +146,7 @@ class Importing:
         found = {file.path: self._here(repo, file.sha256 or file.oid, file.size) for file in listing.files}
         return {path: digest for path, digest in found.items() if digest is not None}
 
-    async def _take(self, repo: Repo, name: str, size: int, descriptor: int, caller: Caller) -> bool:
+    async def _take(self, repo: Repo, name: str, size: int, descriptor: int, caller: Caller, hand: Hand) -> bool:
         """One file becomes a blob. False: its bytes are not what its name says, or it changes."""
         target = self._layout.fresh("import")
 
@@ -152,11 +163,11 @@ class Importing:
             digest = await self._pool.run(_digest_if_right, target, name, size)
             if digest is None:
                 return False
-            with self._holds.hand(digest):
-                await self._blobs.adopt(target, digest)
-                if not is_digest(name):
-                    self._layout.repo(repo).mkdir(mode=0o700, parents=True, exist_ok=True)
-                    self._repos.set_digest(repo, name, digest)
+            hand.add([digest])
+            await self._blobs.adopt(target, digest)
+            if not is_digest(name):
+                self._layout.repo(repo).mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._repos.set_digest(repo, name, digest)
             return True
         finally:
             with contextlib.suppress(OSError):

@@ -26,7 +26,7 @@ from .trees import Trees, age
 from .usage import on_disk
 
 SEARCH_SECONDS = 0.3  # somebody waits; what is not found then is found by a later search, which begins where this one ended
-SETTLING_SECONDS = 60.0  # what is published, but shown only by a later request (an import), is nobody's meanwhile
+SETTLING_SECONDS = 60.0  # what is published, but shown only by a later request (an import that has paused), is nobody's meanwhile
 
 Why = Literal["", "flight", "ended", "quarantine"]  # somebody is at it, or it has not lain there for long
 
