@@ -283,9 +283,9 @@ def refuses_foreign_folders(wire: Wire, tmp_path: Path) -> None:
     foreign.mkdir(parents=True)
     os.mkfifo(foreign / "visibility.json")
     for endpoint in (f"{tmp_path}/x://y", "../../x://y", "http://127.0.0.9:1"):
-        for method, named in (("pin", {"name": "p"}), ("explain", {})):
+        for method in ("pin", "explain"):
             with pytest.raises(InvalidRequestError, match="does not talk to"):
-                wire.request(method, repo_id="a/b", endpoint=endpoint, **named)
+                wire.request(method, repo_id="a/b", endpoint=endpoint)
 
 
 def test_rm_refuses_what_is_in_use(hub: Hub, daemon: Daemon, task: Client, repo: str) -> None:
