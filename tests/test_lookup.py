@@ -64,7 +64,7 @@ class Node(Lookup):
 async def node(layout: Layout, fresh: float = LONG, verdict: float = LONG, offline: bool = False) -> AsyncIterator[Node]:
     client, pool = HubClient(2, 0.01), Pool("test", 2)
     async with asyncio.TaskGroup() as group:
-        yield Node(Repos(layout), client, pool, group, fresh, verdict, offline)
+        yield Node(Repos(layout), client, pool, group, group, fresh, verdict, offline)
     pool.close()
     client.close()
 
