@@ -21,7 +21,7 @@ from .clients import Client
 from .daemon import Daemon
 from .hub import Hub, Random
 from .kernel import small_tmpfs
-from .saves import MIB, Wire, contents, in_folder, key_of, until, wired
+from .saves import MIB, Tree, Wire, contents, hashes, in_folder, key_of, until, wired
 
 REFUSED_SECONDS = 1.0
 SIZES = (1, 4, 9, 15, 22)  # MiB
@@ -144,6 +144,29 @@ def test_small_files_of_a_save_wait_for_room(tmp_path: Path) -> None:
             assert wire.flush(60)["pending"] == []
             assert daemon.status()["room"]["promises"] == 0
     assert set(contents(*in_folder(tmp_path / "store"))) == {key_of("small")}
+
+
+def test_a_disk_that_is_full_of_saves_drains_when_the_store_is_back(tmp_path: Path) -> None:
+    """Bringing them there takes room too, for the blobs and the pack of their small files: some is left to it."""
+    store, saved = tmp_path / "store", dict[str, dict[str, str]]()
+    store.touch()  # in the way
+
+    def save_until_full(wire: Wire, size: int) -> None:
+        while True:
+            name, small = f"s{len(saved)}", {f"small-{n}": b"%d" % n * 50 for n in range(4)}
+            tree: Tree = {"weights": Random(name, size), **small}
+            wire.save(name, tree)
+            saved[key_of(name)] = hashes(tree)
+
+    with small_tmpfs(tmp_path / "disk", "36m") as disk, Daemon.start(disk / "root", store=f"file://{store}", **ANY) as daemon:
+        with wired(daemon.socket) as wire:
+            for size in (4 * MIB, MIB, 300_000, 30_000, 3_000):
+                with pytest.raises(NoSpaceError, match="are for bringing saves to the store"):
+                    save_until_full(wire, size)
+            store.unlink()
+            assert wire.flush(60)["pending"] == []
+        audit(daemon.root)
+    assert contents(*in_folder(store)) == saved
 
 
 def churn(daemon: Daemon, disk: Path, wire: Wire, seed: int, steps: int) -> tuple[dict[str, bytes], dict[str, int]]:

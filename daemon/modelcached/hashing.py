@@ -44,11 +44,12 @@ class Hashed(NamedTuple):
 
 
 class HashFlight(Flight[Hashed]):
-    """One save being hashed."""
+    """One save being hashed; ahead of its turn it leaves room to those that are on their way to the store."""
 
-    def __init__(self, hashing: Hashing, entry: Entry) -> None:
+    def __init__(self, hashing: Hashing, entry: Entry, is_ahead: bool) -> None:
         super().__init__(lambda: hashing.work(self))
         self.entry = entry
+        self.is_ahead = is_ahead
         self.meter = Meter()
 
 
@@ -71,9 +72,9 @@ class Hashing:
             for _ in range(SAVES_AT_ONCE):
                 group.create_task(self._hash_new())
 
-    async def tree(self, entry: Entry, report: Report | None = None) -> Hashed:
+    async def tree(self, entry: Entry, report: Report | None = None, is_ahead: bool = False) -> Hashed:
         """The save's tree, as soon as its files are hashed and all of them lie under blobs/. SaveDamaged if that can't be."""
-        flight = self._flights.board(entry.id, lambda: HashFlight(self, entry))
+        flight = self._flights.board(entry.id, lambda: HashFlight(self, entry, is_ahead))
         reports = flight.meter.reports
         if report is not None:
             reports.append(report)
@@ -85,9 +86,9 @@ class Hashing:
 
     async def work(self, flight: HashFlight) -> Hashed:
         with self._holds.hand() as hand:
-            return await self._hash(flight.entry, flight.meter, hand)
+            return await self._hash(flight.entry, flight.meter, hand, flight.is_ahead)
 
-    async def _hash(self, entry: Entry, meter: Meter, hand: Hand) -> Hashed:
+    async def _hash(self, entry: Entry, meter: Meter, hand: Hand, is_ahead: bool) -> Hashed:
         """From a save's files to blobs, a tree and its view: blobs without one would belong to nobody."""
         with disk_errors(f"hashing {entry.key}"):
             known = await self._pool.run(self._spool.tree, entry)
@@ -100,7 +101,7 @@ class Hashing:
             meter.phase, meter.source = "hash", "disk"
             meter.start(entry.size, len(entry.files), 0, 0)
             async with ticking(meter):
-                tree = await self._publish(entry, meter, hand)
+                tree = await self._publish(entry, meter, hand, is_ahead)
                 if known is not None and known != await self._pool.run(tree.tree_id):
                     raise SaveDamaged(
                         f"what was saved as {entry.key} has been changed since", "root wrote through a view, or the disk failed"
@@ -120,7 +121,7 @@ class Hashing:
                 continue
             self._seen.add(entry.id)
             try:
-                await self.tree(entry)
+                await self.tree(entry, is_ahead=True)
             except (ModelcachedError, OSError) as error:  # the upload tries again, and says so in `status`
                 log.error("a save can't be hashed", extra={"save": entry.id, "key": entry.key, "error": str(error)})
             except Exception:
@@ -132,7 +133,7 @@ class Hashing:
         if not self._trees.view(name).exists():
             self._trees.mend(name, tree)
 
-    async def _publish(self, entry: Entry, meter: Meter, hand: Hand) -> Tree:
+    async def _publish(self, entry: Entry, meter: Meter, hand: Hand, is_ahead: bool) -> Tree:
         digests: dict[str, Digest] = {}
         copies = sum(map(_copied, entry.files))  # bytes that are still to come onto the disk (I6)
         needs: dict[Hashable, Left] = {("hashing", entry.id): lambda: copies} if copies else {}
@@ -172,7 +173,8 @@ class Hashing:
             meter.finish(file.size)
 
         try:
-            async with self._room.reserved(needs, f"the hashing of {entry.key}", is_save=True):
+            leaving = 1.0 if is_ahead else 0.5  # the upload's packs need room after it
+            async with self._room.reserved(needs, f"the hashing of {entry.key}", is_save=True, leaving=leaving):
                 await each(_runs(file for file in entry.files if file.is_packed), take_run, RUNS_AT_ONCE)
                 await each([file for file in entry.files if not file.is_packed], take, FILES_AT_ONCE)
         except (FileNotFoundError, EOFError) as error:

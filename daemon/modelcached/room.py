@@ -1,8 +1,9 @@
 """Room: what still fits. Bytes are promised before the first of them moves, and what can't fit is refused at once (I6).
 
 A promise is for contents, each counted once however many fetches wait for it, and shrinks as their bytes reach the disk. Downloads leave
-`min_free` and `checkpoint_reserve` alone, and stay within `max_size`; saves may use all that is free. What is missing is asked
-of the eviction, which takes nothing away unless that is enough.
+`min_free` and `checkpoint_reserve` alone, and stay within `max_size`; saves may use what is free but for a small part: without it, a disk
+that is full of saves could never bring them to their stores, for that takes room as well. What is missing is asked of the eviction,
+which takes nothing away unless that is enough.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Left = Callable[[], int]  # how many bytes of something are still to come onto t
 
 SAVE_HINT = "wait for earlier saves to be in the store (modelcache flush), end what holds the rest, or give the cache a larger disk"
 FETCH_HINT = "end what holds the rest (modelcache explain, modelcache rm), ask for fewer files by patterns, or use a larger disk"
+DRAIN_SHARE, MAX_DRAIN_BYTES = 1 / 64, 128 << 20  # of the disk, for what brings saves to their stores: hashing small files, making packs
 TRIES = 3  # of a fetch that somebody else's bytes took the room from
 
 
@@ -49,6 +51,7 @@ class Disk(NamedTuple):
     free: int
     used: int  # blobs and unfinished downloads
     promised: int  # to fetches and saves that are under way, and not written yet
+    drain: int  # for what brings saves to their stores
 
 
 class Found(NamedTuple):
@@ -100,11 +103,13 @@ class Room:
             return await work()
 
     @asynccontextmanager
-    async def reserved(self, needs: Mapping[Hashable, Left], who: str, is_save: bool = False) -> AsyncIterator[None]:
-        """Room for all of `needs` as long as the block runs."""
+    async def reserved(
+        self, needs: Mapping[Hashable, Left], who: str, is_save: bool = False, leaving: float = 1.0
+    ) -> AsyncIterator[None]:
+        """Room for all of `needs` as long as the block runs. `leaving`: the share of what is for bringing saves away that stays free."""
         async with self._turn:
             if needs:
-                await self._admit(needs, who, is_save)
+                await self._admit(needs, who, is_save, leaving)
             self._promises.update(needs)
             self._counts.update(needs.keys())
         try:
@@ -153,40 +158,43 @@ class Room:
         room = max(0, disk.used + disk.free - self.limits.min_free - self.limits.checkpoint_reserve)
         return min(room, self.limits.max_size) if self.limits.max_size else room
 
-    async def _admit(self, needs: Mapping[Hashable, Left], who: str, is_save: bool) -> None:
+    async def _admit(self, needs: Mapping[Hashable, Left], who: str, is_save: bool, leaving: float = 1.0) -> None:
         """Returns when it fits beside all that is promised; NoSpace says why it can't. Call it in `_turn`."""
         new = [left for name, left in needs.items() if name not in self._promises]
         needed = await self._pool.run(lambda: sum(left() for left in new))
         disk = await self.disk()
-        shortage = self._shortage(needed, disk, is_save)
+        shortage = self._shortage(needed, disk, is_save, leaving)
         if shortage <= 0:
             return
         found = await self._make_room(shortage, is_save)
         disk = await self.disk()
-        shortage = self._shortage(needed, disk, is_save)
+        shortage = self._shortage(needed, disk, is_save, leaving)
         if shortage > 0:
             self.refusals += 1
             raise self._refusal(needed, disk, found, who, is_save)
 
-    def _shortage(self, needed: int, disk: Disk, is_save: bool) -> int:
+    def _shortage(self, needed: int, disk: Disk, is_save: bool, leaving: float) -> int:
         limits = self.limits
-        shortage = needed + disk.promised - disk.free
+        shortage, drain = needed + disk.promised - disk.free, int(disk.drain * leaving)
         if is_save:
-            return shortage
-        shortage += limits.min_free + limits.checkpoint_reserve
+            return shortage + drain
+        shortage += max(limits.min_free + limits.checkpoint_reserve, drain)
         return max(shortage, needed + disk.promised + disk.used - limits.max_size) if limits.max_size else shortage
 
     def _look(self, lefts: list[Left]) -> Disk:
         """What was promised is looked at first: what is written meanwhile counts twice then, and never not at all."""
         promised = sum(left() for left in lefts) + self._spool.reserved_bytes
         disk = os.statvfs(self._layout.root)
-        return Disk(disk.f_bavail * disk.f_frsize, self._blobs.usage.size_bytes + self._partials.size_bytes(), promised)
+        drain = min(int(disk.f_blocks * disk.f_frsize * DRAIN_SHARE), MAX_DRAIN_BYTES)
+        return Disk(disk.f_bavail * disk.f_frsize, self._blobs.usage.size_bytes + self._partials.size_bytes(), promised, drain)
 
     def _refusal(self, needed: int, disk: Disk, found: Found, who: str, is_save: bool) -> NoSpace:
         limits = self.limits
         words = [f"{self._layout.root} has {gib(disk.free)} free"]
         if disk.promised:
             words.append(f"{gib(disk.promised)} of it are promised to others")
+        if is_save:
+            words.append(f"{gib(disk.drain)} are for bringing saves to the store")
         if not is_save and limits.min_free:
             words.append(f"it keeps {gib(limits.min_free)} free (min_free)")
         if not is_save and limits.checkpoint_reserve:

@@ -212,7 +212,7 @@ class Upload:
             self.sent_bytes += size
 
         def room_for(path: Path, size: int) -> AbstractAsyncContextManager[None]:
-            return self._room.reserved(dict([self._room.file(path, size)]), f"the upload of {entry.key}", is_save=True)
+            return self._room.reserved(dict([self._room.file(path, size)]), f"the upload of {entry.key}", is_save=True, leaving=0.0)
 
         try:
             self._named.add(entry.id)
