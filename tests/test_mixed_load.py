@@ -199,7 +199,10 @@ def resources(daemon: Daemon) -> tuple[int, int, int]:
     """Bytes of memory, and descriptors: of files and the like, and of sockets, some of which wait in pools to be used again."""
     process = Path(f"/proc/{daemon.pid}")
     lines = (process / "status").read_text().splitlines()
-    open_ones = [os.readlink(link) for link in (process / "fd").iterdir()]
+    open_ones = []
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            open_ones.append(os.readlink(link))
     sockets = sum(name.startswith("socket:") for name in open_ones)
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:")), len(open_ones) - sockets, sockets
 

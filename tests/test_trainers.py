@@ -122,4 +122,4 @@ def newest_in_store(daemon: Daemon, name: str) -> int:
     """The step of the newest checkpoint that the store has; -1 for none."""
     asked = [sys.executable, "-m", "modelcache", "checkpoints", name, "--json"]
     found = json.loads(subprocess.run(asked, env=daemon.environment, capture_output=True, check=True).stdout)["checkpoints"]
-    return max([each["step"] for each in found if each["state"] == "uploaded"], default=-1)
+    return max([each["step"] for each in found if each["state"] == "uploaded" and each["step"] is not None], default=-1)
