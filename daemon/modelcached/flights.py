@@ -7,7 +7,6 @@ their chance. Bytes are checked before they get a name (I1); wrong ones are aske
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,7 @@ from .layout import Layout
 from .meter import Meter
 from .model import Content, Digest, Repo
 from .packs import PACKED_BYTES
-from .partials import Partial, Partials
+from .partials import Partials
 from .repos import Repos
 from .singleflight import Flight, Flights
 from .spans import Origin
@@ -193,20 +192,22 @@ class BlobFlights:
         return await self._try_places(flight, attempt)
 
     async def _bring_large(self, flight: BlobFlight) -> Digest:
-        async def attempt(partial: Partial, place: Place) -> Digest | None:
-            flight.done_bytes = partial.done_bytes
-            await Download(place.origin(flight.content.size), self._pool, self._limits, flight.content.size, partial, flight.received).run()
-            flight.turn_to("verify")
-            digest = await self._pool.run(partial.finish)
-            if digest is None:
-                await self._pool.run(partial.reset)
-                return None
-            await self._blobs.adopt(partial.path, digest)
-            await self._pool.run(partial.forget_map)
-            return digest
-
         async with self._partials.opened(flight.content, self._pool) as partial:
-            return await self._try_places(flight, functools.partial(attempt, partial))
+
+            async def attempt(place: Place) -> Digest | None:
+                flight.done_bytes = partial.done_bytes
+                origin, size = place.origin(flight.content.size), flight.content.size
+                await Download(origin, self._pool, self._limits, size, partial, flight.received).run()
+                flight.turn_to("verify")
+                digest = await self._pool.run(partial.finish)
+                if digest is None:
+                    await self._pool.run(partial.reset)
+                    return None
+                await self._blobs.adopt(partial.path, digest)
+                await self._pool.run(partial.forget_map)
+                return digest
+
+            return await self._try_places(flight, attempt)
 
     async def _try_places(self, flight: BlobFlight, attempt: Callable[[Place], Awaitable[Digest | None]]) -> Digest:
         """The first attempt that brings the right bytes: a refused source is left for the next one, wrong bytes are asked for again."""
